@@ -1,0 +1,807 @@
+"""What minisora states about its layers, one property a test. Each can fail.
+
+    python -m pytest                                                deterministic, about a minute
+    python -m pytest -p test_minisora --hypothesis-profile long     a random search, much longer
+
+The oracle is float64 NumPy written from the equations; nothing of the module is in it. Every tolerance is
+k · ε · size (`assert_close`): ε of the dtype, k the number of roundings on the longest path, and size the
+same formula with each term replaced by its absolute value, so that a wrong factor has nowhere to hide.
+"""
+import copy
+import inspect
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import minisora
+from minisora import (METHODS, DoRALinear, DoRAMatrixLinear, LoRALinear, PreDiagLinear, SORALinear, adapt,
+                      adapter_state_dict, load_adapter_state_dict, merge_adapters, rotation_factors,
+                      singular_value_entropy, stable_rank)
+
+for profile in ("default", "ci"):
+    settings.register_profile(profile, derandomize=True, database=None, deadline=None, max_examples=25)
+settings.register_profile("long", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
+
+KINDS = {
+    "lora": (LoRALinear, {}),
+    "dora": (DoRALinear, {}),
+    "dora, full": (DoRALinear, {"detach_norm": False}),
+    "dora_matrix": (DoRAMatrixLinear, {}),
+    "dora_matrix, full": (DoRAMatrixLinear, {"detach_norm": False}),
+    "pre_diag": (PreDiagLinear, {}),
+    "sora, exp": (SORALinear, {"rotation": "exp"}),
+    "sora, cayley": (SORALinear, {"rotation": "cayley"}),
+    "sora, first_order": (SORALinear, {"rotation": "first_order"}),
+}
+DORAS = [kind for kind in KINDS if kind.startswith("dora")]
+SORAS = [kind for kind in KINDS if kind.startswith("sora")]
+ROTATIONS = ["sora, exp", "sora, cayley"]
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here"))])
+wide_dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+# ---------------------------------------------------------------------------------- cases
+
+def make(kind, m=5, n=7, r=3, alpha=5, r_p=2, bias=True, dtype=torch.float64, device="cpu", seed=0,
+         trained=True, rows=None, zero_rows=()):
+    """A layer with every tensor drawn from seed; rows: a power of two for each row of W0, another for B's."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return torch.from_numpy(rng.uniform(-1, 1, shape))
+
+    base = nn.Linear(n, m, bias=bias).to(device, torch.float64)
+    with torch.no_grad():
+        base.weight.copy_(draw(m, n))
+        if bias:
+            base.bias.copy_(draw(m))
+        if rows is not None:
+            base.weight.mul_(2.0 ** torch.tensor(rows[:m], device=device)[:, None])
+        base.weight[list(zero_rows)] = 0
+    cls, kwargs = KINDS[kind]
+    layer = cls(base.to(dtype), r, alpha, **kwargs, **({"r_p": r_p} if cls is SORALinear else {}))
+    if trained:
+        with torch.no_grad():
+            for name, p in layer.named_parameters(recurse=False):
+                p.copy_(draw(*p.shape) * (1 if name != "magnitude" else p.cpu() + 0.1))
+            if rows is not None:
+                layer.B.mul_(2.0 ** torch.tensor(rows[m:], device=device)[:, None])
+    return layer
+
+
+@st.composite
+def layers(draw, kind, device="cpu", dtypes=wide_dtypes, trained=True, scaled=True, **fixed):
+    """Any small layer: sizes from 1 up, r above min(m, n) too, α ≠ r, rows of any scale and of zeros."""
+    m, n = fixed.pop("m", None) or draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    r, alpha = draw(st.integers(1, 9)), draw(st.sampled_from([0.5, 3, 10, 16]))
+    powers = st.sampled_from([0, 0, -20, -7, 5, 20])
+    rows = draw(st.lists(powers, min_size=2 * m, max_size=2 * m)) if scaled else None
+    zero_rows = draw(st.sets(st.integers(0, m - 1), max_size=2)) if scaled else ()
+    return make(kind, m, n, r, alpha, draw(st.integers(1, 4)), draw(st.booleans()), draw(dtypes), device,
+                draw(st.integers(0, 2**31)), trained, rows, zero_rows, **fixed)
+
+
+def inputs(layer, *shape, seed=1, scale=1.0):
+    x = np.random.default_rng(seed).uniform(-scale, scale, (*shape, layer.in_features))
+    return torch.from_numpy(x).to(layer.base.weight)
+
+
+def array(tensor):
+    return tensor.detach().double().cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------- the oracle
+
+def skew(C, D):
+    """P = s_P (DCᵀ − CDᵀ) and q ≥ ‖U‖‖V‖, the size of its thin factors [E C] and s_P [C −E]."""
+    s_P = min(1.0, 1.0 / (np.sqrt((C * C).sum()) + np.sqrt((D * D).sum()) + 1e-6))
+    return s_P * (D @ C.T - C @ D.T), s_P * (np.sqrt(((D - C) ** 2).sum()) + np.sqrt((C * C).sum())) ** 2
+
+
+def rotation(P, kind):
+    """R from the dense P: exp by the eigenvalues of the Hermitian iP, Cayley by a dense solve."""
+    I = np.eye(len(P))
+    if kind.endswith("exp"):
+        angles, Q = np.linalg.eigh(1j * P)
+        return ((Q * np.exp(-1j * angles)) @ Q.conj().T).real
+    return np.linalg.solve(I - P / 2, I + P / 2) if kind.endswith("cayley") else I + P
+
+
+def oracle(layer, kind):
+    """W' (m, n) and its size, the sum of the absolute values of all terms that were added up for it."""
+    p = {name: array(t) for name, t in layer.named_parameters()}
+    W0, s = p["base.weight"], layer.lora_alpha / layer.r
+    update, size = s * p["B"] @ p["A"], s * np.abs(p["B"]) @ np.abs(p["A"])
+    if kind == "lora":
+        return W0 + update, np.abs(W0) + size
+    if kind in DORAS:
+        V, size = W0 + update, np.abs(W0) + size
+        norm = np.sqrt((V * V).sum(axis=1, keepdims=True))
+        d = np.divide(p["magnitude"][:, None], norm, out=np.zeros_like(norm), where=norm > 0)
+        # ‖V‖² comes from terms that are this much larger than their sum; d inherits the relative error.
+        loss = np.divide((size * size).sum(axis=1, keepdims=True), norm**2, out=np.zeros_like(norm), where=norm > 0)
+        return d * V, np.abs(d) * size * (1 + loss)
+    d = p["diag"][:, None]
+    M, size = d * W0 + update, np.abs(d * W0) + size
+    if kind == "pre_diag":
+        return M, size
+    P, q = skew(p["C"], p["D"])
+    # Both cores are at most 1 + q/2 in norm, since e^{tP} and (I − P/2)⁻¹ are at most 1: so R passes through
+    # terms of size 1 + q (1 + q/2) ≤ (1 + q)². A rotation mixes rows, so a column counts by its norm.
+    return rotation(P, kind) @ M, (1 + q) ** 2 * np.sqrt((size**2).sum(axis=0)) * np.ones((len(M), 1))
+
+
+def roundings(layer):
+    """More than the longest path through any layer: sums over n, r, m and 2r_p, and some single operations."""
+    return layer.in_features + 2 * layer.r + 2 * layer.out_features + 4 * getattr(layer, "r_p", 0) + 16
+
+
+def assert_close(actual, exact, size, k, eps=None):
+    """|actual − exact| ≤ k · ε · size in every entry."""
+    eps = eps or torch.finfo(actual.dtype).eps
+    actual, exact, size = array(actual), np.asarray(exact), np.asarray(size)
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    tiny = np.finfo(np.float32).tiny if eps > 1e-10 else np.finfo(np.float64).tiny  # what underflow may lose
+    error, bound = np.abs(actual - exact), k * (eps * size + tiny)
+    assert (error <= bound).all(), f"off by {np.max(error / bound):.3g} times the bound {bound.max():.3g}"
+
+
+# ---------------------------------------------------------------------------------- all five layers
+
+@every_kind
+@every_device
+@given(data=st.data())
+def test_the_adapted_weight_is_W0_at_step_0_bit_for_bit(kind, device, data):
+    layer = data.draw(layers(kind, device, trained=False))
+    assert torch.equal(layer.adapted_weight(), layer.base.weight)
+
+
+@every_kind
+@every_device
+@given(data=st.data())
+def test_the_adapted_weight_is_the_equation(kind, device, data):
+    """W' against the float64 oracle, rows scaled by powers of two from 2⁻²⁰ to 2²⁰."""
+    layer = data.draw(layers(kind, device))
+    exact, size = oracle(layer, kind)
+    assert_close(layer.adapted_weight(), exact, size, roundings(layer))
+
+
+@every_kind
+@every_device
+@given(data=st.data())
+def test_the_cheap_path_is_the_dense_path_in_value(kind, device, data):
+    """layer(x) = x W'ᵀ + b, against the oracle's W'."""
+    layer = data.draw(layers(kind, device))
+    x = inputs(layer, 3, scale=2.0 ** data.draw(st.sampled_from([-20, 0, 20])))
+    W, size = oracle(layer, kind)
+    b = array(layer.base.bias) if layer.base.bias is not None else 0.0
+    assert_close(layer(x), array(x) @ W.T + b, np.abs(array(x)) @ size.T + np.abs(b), roundings(layer))
+
+
+def gradients(output, G, layer, x):
+    wanted = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    return dict(zip(wanted, torch.autograd.grad((output * G).sum(), list(wanted.values()))))
+
+
+@every_kind
+@every_device
+@given(data=st.data())
+def test_the_cheap_path_is_the_dense_path_in_gradient(kind, device, data):
+    """The gradient of every adapter tensor and of x, by the cheap path and through adapted_weight()."""
+    layer = data.draw(layers(kind, device, st.just(torch.float64), scaled=False))
+    x, G = inputs(layer, 4).requires_grad_(), inputs(layer, 4, seed=2).sum(-1, keepdim=True)
+    cheap = gradients(layer(x), G, layer, x)
+    dense = gradients(F.linear(x, layer.adapted_weight(), layer.base.bias), G, layer, x)
+    # A gradient is x, G and a derivative of W', which is of the size of W' or of its square over the terms.
+    size = np.linalg.norm(array(x)) * np.linalg.norm(array(G)) * (1 + np.linalg.norm(oracle(layer, kind)[1])) ** 2
+    for name in cheap:
+        assert_close(cheap[name], array(dense[name]), size, roundings(layer))
+
+
+@every_kind
+@given(data=st.data())
+def test_the_output_at_zero_is_the_bias_exactly(kind, data):
+    """All five methods act on the weight alone: f(0) = b bit for bit, however the adapter was trained."""
+    layer = data.draw(layers(kind))
+    b = layer.base.bias if layer.base.bias is not None else torch.zeros_like(layer.B[:, 0])
+    assert torch.equal(layer(torch.zeros_like(inputs(layer, 2))), b.expand(2, -1))
+
+
+@every_kind
+@given(data=st.data())
+def test_the_layer_is_affine(kind, data):
+    """f(3x − 2z) = 3f(x) − 2f(z): exactly x W'ᵀ + b, in training mode too."""
+    layer = data.draw(layers(kind, scaled=False))
+    x, z = inputs(layer, 2, seed=1), inputs(layer, 2, seed=2)
+    size = 10 * np.abs(oracle(layer, kind)[1]).sum() + 10
+    assert_close(layer(3 * x - 2 * z), array(3 * layer(x) - 2 * layer(z)), size, roundings(layer))
+
+
+@every_kind
+@every_device
+@given(data=st.data())
+def test_merging_gives_a_plain_linear_of_the_same_function(kind, device, data):
+    """merge() is W' in W0's dtype and a copy of b; W0, the layer and the random state stay bit for bit."""
+    layer = data.draw(layers(kind, device))
+    layer.train(data.draw(st.booleans()))
+    before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+    merged, again = layer.merge(), layer.merge()
+    assert type(merged) is nn.Linear and merged.training == layer.training
+    assert torch.equal(merged.weight, layer.adapted_weight()) and torch.equal(merged.weight, again.weight)
+    assert not any(p.requires_grad for p in merged.parameters())
+    assert (merged.bias is None) == (layer.base.bias is None)
+    for p in merged.parameters():  # nothing is shared with the layer
+        p.data.fill_(7)
+    assert all(torch.equal(before[name], t) for name, t in layer.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@every_kind
+def test_every_gradient_is_right(kind):
+    """gradcheck in float64. (A detached norm is no derivative of the layer: its gradient has a test of its own.)"""
+    if kind in ("dora", "dora_matrix"):
+        kind += ", full"
+    layer = make(kind, m=4, n=3, r=2, r_p=1)
+    x = inputs(layer, 2).requires_grad_()
+    names, tensors = zip(*((name, p) for name, p in layer.named_parameters() if p.requires_grad))
+
+    def f(x, *tensors):
+        return torch.func.functional_call(layer, dict(zip(names, tensors)), (x,))
+    assert torch.autograd.gradcheck(f, (x, *tensors))
+    assert torch.autograd.gradcheck(lambda *tensors: torch.func.functional_call(
+        Dense(layer), {"layer." + name: t for name, t in zip(names, tensors)}, ()), tensors)
+
+
+class Dense(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self):
+        return self.layer.adapted_weight()
+
+
+@every_kind
+def test_the_first_gradient_reaches_all_that_should_train(kind):
+    """At step 0 B, magnitude, diag, C and D get a gradient; A gets exactly none, since B = 0."""
+    layer = make(kind, trained=False)
+    x = inputs(layer, 4)
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters(recurse=False):
+        assert p.grad.any() == (name != "A"), name
+    assert layer.base.weight.grad is None and layer.base.bias.grad is None
+
+
+def train(layer, steps=5, lr=0.1):
+    x = inputs(layer, 16)
+    target = inputs(layer, 16, seed=5).sum(-1, keepdim=True)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every_kind
+def test_training_lowers_the_loss_and_changes_the_adapter_alone(kind):
+    layer = make(kind, trained=False)
+    before = copy.deepcopy(layer.state_dict())
+    losses = train(layer)
+    assert losses[-1] < losses[0]
+    for name, t in layer.state_dict().items():
+        assert torch.equal(t, before[name]) == name.startswith("base."), name
+
+
+@every_kind
+def test_state_dict_deepcopy_pickle_and_torch_save_are_bit_for_bit(kind):
+    layer = make(kind)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = make(kind, seed=9)  # W0 differs as well
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    x = inputs(layer, 3)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert torch.equal(twin(x), layer(x)) and torch.equal(twin.adapted_weight(), layer.adapted_weight())
+
+
+@every_kind
+@every_device
+def test_x_of_any_shape(kind, device):
+    """1, 2, 3 and 4 dimensions, an empty batch, transposed and expanded views: row by row the same function."""
+    layer = make(kind, device=device)
+    rows = inputs(layer, 6)
+    flat = layer(rows)
+
+    def same(y, expected):
+        assert_close(y, array(expected), (1 + np.abs(oracle(layer, kind)[1])).sum(), roundings(layer))
+    same(layer(rows[0]), flat[0])
+    same(layer(rows.view(2, 3, -1)), flat.view(2, 3, -1))
+    same(layer(rows.view(1, 2, 3, -1)), flat.view(1, 2, 3, -1))
+    same(layer(rows.T.contiguous().T), flat)
+    same(layer(rows[0].expand(4, -1)), flat[0].expand(4, -1))
+    empty = layer(rows[:0].requires_grad_())
+    assert empty.shape == (0, layer.out_features)
+    empty.sum().backward()
+    assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad and p.grad is not None)
+
+
+@every_kind
+@every_device
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@given(data=st.data())
+def test_a_half_precision_base(kind, device, half, data):
+    """Adapters in float32, y in the base's dtype, right to its precision; W' in float32, cast once to merge."""
+    layer = data.draw(layers(kind, device, st.just(half), scaled=False))
+    assert all(p.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
+    W, size = oracle(layer, kind)
+    assert layer.adapted_weight().dtype == torch.float32
+    assert_close(layer.adapted_weight(), W, size, roundings(layer))
+    assert torch.equal(layer.merge().weight, layer.adapted_weight().to(half))
+    x = inputs(layer, 3)
+    b = array(layer.base.bias) if layer.base.bias is not None else 0.0
+    y = layer(x)
+    assert y.dtype == layer.base(x).dtype == half
+    assert_close(y, array(x) @ W.T + b, np.abs(array(x)) @ size.T + np.abs(b), 16)  # sums are kept in float32
+
+
+@every_kind
+@every_device
+@pytest.mark.parametrize("half_x", [False, True])
+@given(data=st.data())
+def test_autocast(kind, device, half_x, data):
+    """Under autocast y has the base's dtype and its precision; weights, norms and rotations stay in float32."""
+    layer = data.draw(layers(kind, device, st.just(torch.float32), scaled=False))
+    W, size = oracle(layer, kind)
+    x = inputs(layer, 3).bfloat16()
+    x = x if half_x else x.float()
+    plain, merged = layer.adapted_weight(), layer.merge()
+    b = array(layer.base.bias) if layer.base.bias is not None else 0.0
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.base(x).dtype == torch.bfloat16
+        assert torch.equal(layer.adapted_weight(), plain) and torch.equal(layer.merge().weight, merged.weight)
+    assert_close(y, array(x) @ W.T + b, np.abs(array(x)) @ size.T + np.abs(b), 16)
+
+
+def test_bfloat16_does_not_round_a_small_diagonal_step_away():
+    """d = 1.003 is 1 in bfloat16; the layer keeps d in float32, so that the outputs grow by 0.3 % on average."""
+    layer = make("pre_diag", dtype=torch.bfloat16, trained=False, bias=False)
+    x = inputs(layer, 512, scale=2.0)
+    with torch.no_grad():
+        layer.diag.fill_(1.003)
+    y, y0 = array(layer(x)), array(layer.base(x))
+    assert 1.002 < (y * y0).sum() / (y0 * y0).sum() < 1.004
+
+
+@every_kind
+def test_compile_in_one_graph_and_checkpointing_change_nothing(kind):
+    """torch.compile(fullgraph=True) and checkpoint(use_reentrant=False): values and gradients."""
+    layer = make(kind)
+    x, G = inputs(layer, 4).requires_grad_(), 1.0
+    y = layer(x)
+    plain = gradients(y, G, layer, x)
+    torch.compiler.reset()
+    for again in (torch.compile(layer, fullgraph=True, backend="aot_eager")(x),
+                  checkpoint(layer, x, use_reentrant=False)):
+        size = (1 + np.abs(oracle(layer, kind)[1])).sum() ** 2
+        assert_close(again, array(y), size, roundings(layer))
+        for name, g in gradients(again, G, layer, x).items():
+            assert_close(g, array(plain[name]), size, roundings(layer))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_class_has_the_interface_of_the_linear_it_stands_for(name):
+    """weight and bias read as W' and b, so that code which looks past forward sees the adapted layer."""
+    layer = make(next(kind for kind in KINDS if KINDS[kind][0] is METHODS[name]), m=4, n=6, dtype=torch.bfloat16)
+    assert (layer.out_features, layer.in_features) == (4, 6)
+    assert torch.equal(layer.weight, layer.merge().weight) and layer.bias is layer.base.bias
+
+
+# ---------------------------------------------------------------------------------- LoRA
+
+@given(layer=layers("lora", dtypes=st.just(torch.float64), scaled=False))
+def test_lora_update_has_rank_at_most_r(layer):
+    S = np.linalg.svd(array(layer.adapted_weight() - layer.W0), compute_uv=False)
+    assert (S[layer.r:] <= roundings(layer) * np.finfo(float).eps * np.abs(oracle(layer, "lora")[1]).sum()).all()
+
+
+@given(layer=layers("lora"), c=st.integers(2, 5))
+def test_lora_scaling_alpha_and_r_together_changes_nothing(layer, c):
+    """s = α / r: a layer of rank cr and lora_alpha cα with the same A and B, padded by zeros, has the same W'."""
+    wide = LoRALinear(layer.base, c * layer.r, c * layer.lora_alpha)
+    with torch.no_grad():
+        wide.A.zero_()[:layer.r] = layer.A
+        wide.B.zero_()[:, :layer.r] = layer.B
+    assert_close(wide.adapted_weight(), *oracle(layer, "lora"), roundings(wide))
+
+
+@given(layer=layers("lora", dtypes=st.just(torch.float64), scaled=False), seed=st.integers(0, 2**31))
+def test_lora_depends_on_the_product_BA_alone(layer, seed):
+    """B → BG, A → G⁻¹A for an invertible G."""
+    W, size = oracle(layer, "lora")
+    Q = np.linalg.qr(np.random.default_rng(seed).standard_normal((layer.r, layer.r)))[0]
+    G = torch.from_numpy(Q * np.linspace(1, 2, layer.r))
+    with torch.no_grad():
+        layer.B.copy_(layer.B @ G)
+        layer.A.copy_(torch.linalg.inv(G) @ layer.A)
+    assert_close(layer.adapted_weight(), W, size.sum() * 2 * layer.r, roundings(layer))
+
+
+# ---------------------------------------------------------------------------------- DoRA
+
+@pytest.mark.parametrize("kind", DORAS)
+@given(data=st.data())
+def test_dora_row_norms_are_the_magnitude(kind, data):
+    layer = data.draw(layers(kind))
+    norms = np.linalg.norm(array(layer.adapted_weight()), axis=1)
+    W, size = oracle(layer, kind)
+    alive = np.abs(W).sum(axis=1) > 0
+    exact = np.abs(array(layer.magnitude)) * alive
+    assert_close(torch.from_numpy(norms), exact, np.linalg.norm(size, axis=1), roundings(layer),
+                 torch.finfo(layer.A.dtype).eps)
+
+
+@pytest.mark.parametrize("kind", DORAS)
+@given(data=st.data(), c=st.sampled_from([2.0**-10, 0.5, 2.0, 2.0**10]))
+def test_dora_ignores_the_scale_of_the_direction(kind, data, c):
+    """(W0, B) → (cW0, cB) changes nothing: exactly, for a power of two."""
+    layer = data.draw(layers(kind, scaled=False))
+    x = inputs(layer, 3)
+    W, y = layer.adapted_weight(), layer(x)
+    with torch.no_grad():
+        layer.base.weight.mul_(c)
+        layer.B.mul_(c)
+    assert torch.equal(layer.adapted_weight(), W)
+    assert_close(layer(x), array(y), np.abs(array(x)) @ oracle(layer, kind)[1].T + 1, roundings(layer))
+
+
+@pytest.mark.parametrize("full", ["", ", full"])
+@every_device
+@given(data=st.data())
+def test_dora_original_and_matrix_form_agree_along_a_training_run(full, device, data):
+    """The same values after k optimizer steps, detached or not: the two are one method."""
+    original = data.draw(layers("dora" + full, device, st.just(torch.float64), trained=False, scaled=False))
+    matrix = DoRAMatrixLinear(copy.deepcopy(original.base), original.r, original.lora_alpha, original.detach_norm)
+    matrix.load_state_dict(original.state_dict())
+    assert np.allclose(train(original, 8, 0.02), train(matrix, 8, 0.02), rtol=1e-11, atol=1e-13)
+    for (name, p), q in zip(original.named_parameters(), matrix.parameters()):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize("kind", DORAS)
+def test_dora_gradient_of_the_direction_is_as_in_the_DoRA_paper(kind):
+    """With c = magnitude/‖v‖ and v̂ = v/‖v‖: ∂V = cG detached, c(G − ⟨G, v̂⟩v̂) in full; ∂magnitude = ⟨G, v̂⟩ in both."""
+    layer = make(kind)
+    x, Y = inputs(layer, 6), inputs(layer, 6, seed=3)[:, :layer.out_features]
+    grads = gradients(layer(x.requires_grad_()), Y, layer, x)
+    G, A, B, s = array(Y).T @ array(x), array(layer.A), array(layer.B), layer.scaling
+    V = array(layer.base.weight) + s * B @ A
+    norm = np.linalg.norm(V, axis=1, keepdims=True)
+    along, c = (G * V / norm).sum(axis=1, keepdims=True), array(layer.magnitude)[:, None] / norm
+    dV = c * (G - along * V / norm if kind.endswith("full") else G)
+    size = (np.abs(array(Y)).T @ np.abs(array(x))).sum() * (1 + np.abs(c).max()) * (1 + s) * 10
+    assert_close(grads["magnitude"], along[:, 0], size, roundings(layer))
+    assert_close(grads["B"], s * dV @ A.T, size, roundings(layer))
+    assert_close(grads["A"], s * B.T @ dV, size, roundings(layer))
+
+
+@pytest.mark.parametrize("kind", DORAS)
+@every_device
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dead", [[1], [0, 3], range(5)])
+def test_dora_rows_of_zeros_stay_finite(kind, device, trained, dead):
+    """A pruned row of W0, or an all-zero W0, is 0/0 in the equation: here finite, in value and in gradient."""
+    layer = make(kind, device=device, trained=trained, zero_rows=dead)
+    x = inputs(layer, 4).requires_grad_()
+    with torch.no_grad():
+        layer.B[dead[0]] = 0  # V = 0 in this row, whatever its magnitude
+    y = layer(x)
+    assert y.isfinite().all() and layer.adapted_weight().isfinite().all() and layer.merge().weight.isfinite().all()
+    assert torch.equal(y[:, dead[0]], layer.base.bias[dead[0]].expand(4))
+    for name, g in gradients(y.square(), 1.0, layer, x).items():
+        assert g.isfinite().all(), name
+    train(layer, 3)
+    assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-5, 0.0])
+def test_dora_matrix_norm_where_the_sum_nearly_vanishes(dtype, left):
+    """W0 + sBA = left · W0 in one row: an error of ε/left² in the norm, and at worst a row that is too short.
+
+    Below left = √ε nothing is known of the norm; holding it there keeps the row at most about its magnitude
+    long, where an unheld norm could be anything, zero or the root of a negative number included.
+    """
+    dense = make("dora", m=3, n=8, r=1, alpha=1, dtype=dtype, trained=False, bias=False)
+    with torch.no_grad():
+        dense.A.copy_(dense.base.weight[1:2])
+        dense.B[1] = left - 1
+    matrix = DoRAMatrixLinear(dense.base, 1, 1)
+    matrix.load_state_dict(dense.state_dict())
+    x, eps = inputs(dense, 64), torch.finfo(dtype).eps
+    length = np.linalg.norm(array(x), axis=1) * array(dense.magnitude)[1]
+    error = np.abs(array(matrix(x))[:, 1] - array(dense(x))[:, 1])
+    if left**2 > 100 * eps:
+        assert (error <= 32 * eps / left**2 * length).all()
+    assert (np.abs(array(matrix(x))[:, 1]) <= 2 * length).all()
+    assert_close(matrix(x)[:, [0, 2]], array(dense(x))[:, [0, 2]], length.max() * 4, 32)
+
+
+@every_device
+def test_dora_matrix_forms_no_second_weight_matrix(device):
+    """No tensor with m·n entries is made in forward or backward; the original form makes several."""
+    def largest(kind):
+        layer = make(kind, m=48, n=40, dtype=torch.bfloat16, device=device)
+        x = inputs(layer, 2).requires_grad_()
+        sizes = [0]
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                fresh = torch.is_tensor(out) and out.untyped_storage().data_ptr() != layer.base.weight.data_ptr()
+                sizes.append(out.numel() if fresh else 0)
+                return out
+        with Watch():
+            layer(x).sum().backward()
+        return max(sizes)
+    assert largest("dora") >= 48 * 40
+    assert all(largest(kind) < 48 * 40 for kind in KINDS if not kind.startswith("dora,") and kind != "dora")
+
+
+# ---------------------------------------------------------------------------------- Pre-Diag
+
+@given(layer=layers("pre_diag"))
+def test_pre_diag_at_d_1_is_lora(layer):
+    lora = LoRALinear(layer.base, layer.r, layer.lora_alpha)
+    with torch.no_grad():
+        layer.diag.fill_(1)
+        lora.A.copy_(layer.A)
+        lora.B.copy_(layer.B)
+    assert torch.equal(layer.adapted_weight(), lora.adapted_weight())
+    assert torch.equal(layer(inputs(layer, 3)), lora(inputs(layer, 3)))
+
+
+@given(layer=layers("pre_diag", dtypes=st.just(torch.float64), scaled=False))
+def test_pre_and_post_diagonal_reach_the_same_weights(layer):
+    """diag(d) W0 + sBA = diag(d)(W0 + s(B/d)A), a DoRA of magnitude d‖W0 + s(B/d)A‖: one set, trained differently."""
+    with torch.no_grad():
+        layer.diag.add_(1.5 * layer.diag.sign())  # away from 0
+    dora = DoRALinear(layer.base, layer.r, layer.lora_alpha)
+    d = layer.diag[:, None]
+    with torch.no_grad():
+        dora.A.copy_(layer.A)
+        dora.B.copy_(layer.B / d)
+        V = layer.W0 + layer.scaling * dora.B @ dora.A
+        dora.magnitude.copy_(layer.diag * V.norm(dim=1))
+    assert_close(dora.adapted_weight(), *oracle(layer, "pre_diag"), roundings(layer))
+
+
+# ---------------------------------------------------------------------------------- SORA
+
+def factors_of(m, r_p, scale, seed, near="any"):
+    """C and D (m, r_p) of a scale; D drawn freely, close to C, or parallel to it."""
+    rng = np.random.default_rng(seed)
+    C = rng.uniform(-scale, scale, (m, r_p))
+    D = {"any": rng.uniform(-scale, scale, (m, r_p)), "close": C + 1e-3 * rng.uniform(-scale, scale, (m, r_p)),
+         "parallel": 1.5 * C}[near]
+    return C, D
+
+
+def sora(C, D, kind, dtype=torch.float64, device="cpu"):
+    layer = make(kind, m=len(C), r_p=C.shape[1], dtype=dtype, device=device)
+    with torch.no_grad():
+        layer.C.copy_(torch.from_numpy(C))
+        layer.D.copy_(torch.from_numpy(D))
+    return layer
+
+
+@pytest.mark.parametrize("kind", SORAS)
+@given(data=st.data())
+def test_sora_at_P_0_is_pre_diag(kind, data):
+    """D = C: R = I exactly, the factors as they may be."""
+    layer = data.draw(layers(kind))
+    pre = PreDiagLinear(layer.base, layer.r, layer.lora_alpha)
+    with torch.no_grad():
+        layer.D.copy_(layer.C)
+        for name, p in pre.named_parameters(recurse=False):
+            p.copy_(getattr(layer, name))
+    assert torch.equal(layer.rotation_matrix(), torch.eye(layer.out_features, dtype=layer.A.dtype))
+    assert torch.equal(layer.adapted_weight(), pre.adapted_weight())
+
+
+@given(layer=layers("sora, first_order"))
+def test_sora_P_is_skew(layer):
+    """P + Pᵀ = 0, seen in I + P."""
+    R = layer.rotation_matrix()
+    q = skew(array(layer.C), array(layer.D))[1]
+    assert_close(R + R.T, 2 * np.eye(len(R)), 1 + q, 4)
+
+
+@pytest.mark.parametrize("kind", SORAS)
+@every_device
+@given(data=st.data(), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 0.3, 1.0, 30.0]), r_p=st.integers(1, 4))
+def test_sora_rotation_is_the_dense_one(kind, device, data, seed, scale, r_p):
+    """exp(P), (I − P/2)⁻¹(I + P/2) or I + P of the dense (m, m) P, r_p above m/2 too."""
+    C, D = factors_of(data.draw(st.integers(1, 7)), r_p, scale, seed)
+    P, q = skew(C, D)
+    layer = sora(C, D, kind, data.draw(wide_dtypes), device)
+    if layer.A.dtype == torch.float32:
+        P, q = skew(array(layer.C), array(layer.D))
+    assert_close(layer.rotation_matrix(), rotation(P, kind), (1 + q) ** 2, 16)
+    if kind == "sora, exp":
+        assert_close(layer.rotation_matrix(), torch.linalg.matrix_exp(torch.from_numpy(P)), (1 + q) ** 2, 16)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@every_device
+@pytest.mark.parametrize("scale", [1, 100, 1000])
+@pytest.mark.parametrize("near", ["any", "close", "parallel"])
+def test_sora_rotation_is_orthogonal_to_float32_accuracy(kind, device, scale, near):
+    """|RᵀR − I| ≤ 2ε and det R = +1 for float32 factors a thousand times larger than usual, D near C or parallel.
+
+    A float32 core loses up to six digits here. The float32 thin factors that the cheap path uses lose one and
+    a half at most: their bound is the second statement.
+    """
+    for seed in range(5):
+        layer = sora(*factors_of(64, 4, scale, seed, near), kind, torch.float32, device)
+        R = array(layer.rotation_matrix())
+        assert_close(torch.from_numpy(R.T @ R), np.eye(64), 2, 1, 2.0**-23)
+        assert np.isclose(np.linalg.det(R), 1, atol=1e-4)
+        L, V = (array(f.float()) for f in rotation_factors(layer.C, layer.D, layer.rotation))
+        size = 1 + np.linalg.norm(L, 2) * np.linalg.norm(V, 2)  # at most 100 here unless D is near C
+        T = np.eye(64) + L @ V.T
+        assert_close(torch.from_numpy(T.T @ T), np.eye(64), size, 2, 2.0**-23)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1.0, 30.0]), near=st.sampled_from(["any", "close"]))
+def test_sora_exchanging_C_and_D_inverts_the_rotation(kind, seed, scale, near):
+    """R(−P) = R(P)ᵀ = R(P)⁻¹."""
+    C, D = factors_of(6, 2, scale, seed, near)
+    q = max(skew(C, D)[1], skew(D, C)[1])
+    R, back = sora(C, D, kind).rotation_matrix(), sora(D, C, kind).rotation_matrix()
+    assert_close(back, array(R.T), (1 + q) ** 2, 16)
+    assert_close(R @ back, np.eye(6), (1 + q) ** 2, 16)
+
+
+@pytest.mark.parametrize("kind", SORAS)
+@pytest.mark.parametrize("length, s_P", [(1.0, 1 / (2 + 1e-6)), (0.25, 1.0), (40.0, 1 / (80 + 1e-6))])
+def test_sora_turns_a_known_plane_by_a_known_angle(kind, length, s_P):
+    """C = c·e1, D = c·e2: e1 turns towards e2 by θ = s_P c² (exp), 2 atan(θ/2) (Cayley). A transpose would turn back."""
+    C, D = length * np.eye(5)[:, :1], length * np.eye(5)[:, 1:2]
+    theta = s_P * length**2
+    exact = np.eye(5)
+    angle = {"sora, exp": theta, "sora, cayley": 2 * math.atan(theta / 2)}.get(kind)
+    exact[:2, :2] = ([[1, -theta], [theta, 1]] if angle is None else
+                     [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    assert_close(sora(C, D, kind).rotation_matrix(), exact, (1 + theta) ** 2, 16)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sora_stays_orthogonal_through_training(kind, dtype):
+    """RᵀR = I and det R = +1 after optimizer steps that turned R well away from I."""
+    layer = make(kind, m=12, n=12, r_p=3, dtype=dtype, trained=False)
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+    x, y = inputs(layer, 32), inputs(layer, 32, seed=4)
+    for _ in range(30):
+        loss = (layer(x).float() - y.float()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    R = array(layer.rotation_matrix())
+    assert np.linalg.norm(R - np.eye(12), 2) > 0.3
+    assert_close(torch.from_numpy(R.T @ R), np.eye(12), 2, 1, 2.0**-23)
+    assert np.isclose(np.linalg.det(R), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@given(data=st.data())
+def test_sora_keeps_singular_values_and_norms(kind, data):
+    """The singular values of R (diag(d) W0 + sBA), and so all norms, are those of diag(d) W0 + sBA."""
+    layer = data.draw(layers(kind, dtypes=st.just(torch.float64), scaled=False))
+    M = array(layer.diag)[:, None] * array(layer.base.weight) + layer.scaling * array(layer.B) @ array(layer.A)
+    S = torch.linalg.svdvals(layer.adapted_weight())
+    assert_close(S, np.linalg.svd(M, compute_uv=False), oracle(layer, kind)[1].sum(), roundings(layer))
+
+
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1.0, 30.0]))
+def test_first_order_stretches_by_exactly_PtP(seed, scale):
+    """(I + P)ᵀ(I + P) = I + PᵀP: with θ = ‖P‖₂ the defect is θ², the distance to the orthogonal matrices √(1+θ²) − 1."""
+    C, D = factors_of(6, 2, scale, seed)
+    P, q = skew(C, D)
+    R = array(sora(C, D, "sora, first_order").rotation_matrix())
+    theta, k = np.linalg.norm(P, 2), 32 * np.finfo(float).eps * (1 + q) ** 2
+    assert abs(np.linalg.norm(R.T @ R - np.eye(6), 2) - theta**2) <= k
+    Q, _, T = np.linalg.svd(R)  # QT is the nearest orthogonal matrix
+    assert abs(np.linalg.norm(R - Q @ T, 2) - (math.sqrt(1 + theta**2) - 1)) <= k
+    assert (np.linalg.svd(R, compute_uv=False) >= 1 - k).all()  # never shrinks a norm
+
+
+@given(seed=st.integers(0, 2**31))
+def test_exp_and_cayley_differ_by_a_twelfth_of_theta_cubed(seed):
+    """‖exp(P) − Cayley(P)‖ = θ³/12 + O(θ⁵)."""
+    C, D = factors_of(6, 2, 0.15, seed)
+    theta = np.linalg.norm(skew(C, D)[0], 2)
+    gap = sora(C, D, "sora, exp").rotation_matrix() - sora(C, D, "sora, cayley").rotation_matrix()
+    assert abs(np.linalg.norm(array(gap), 2) - theta**3 / 12) <= theta**5 / 60 + 1e-14
+
+
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([2.0, 64.0, 1024.0]))
+def test_s_P_makes_the_angle_grow_linearly_but_does_not_bound_it(seed, scale):
+    """Factors c times larger turn by an angle c times larger, once s_P < 1; without s_P it would be c²."""
+    C, D = factors_of(6, 2, 8.0, seed)
+    small, large = (sora(c * C, c * D, "sora, first_order").rotation_matrix() for c in (1.0, scale))
+    ratio = np.linalg.norm(array(large) - np.eye(6)) / np.linalg.norm(array(small) - np.eye(6))
+    assert abs(ratio / scale - 1) < 1e-6
+
+
+def test_sora_starts_as_the_release_does():
+    """C uniform on ±1/√m, D = C a tensor of its own, diag = 1."""
+    torch.manual_seed(0)
+    layer = make("sora, exp", m=400, r_p=8, trained=False)
+    assert torch.equal(layer.C, layer.D) and layer.C.data_ptr() != layer.D.data_ptr() and (layer.diag == 1).all()
+    assert 0.99 / 20 < layer.C.max() <= 1 / 20 and -1 / 20 <= layer.C.min() < -0.99 / 20
+    assert abs(layer.C.mean()) < 0.1 / 20
+
+
+def test_A_starts_kaiming_uniform_and_B_at_zero():
+    """A uniform on ±1/√n (Kaiming with a = √5), as nn.Linear and loralib have it."""
+    torch.manual_seed(0)
+    layer = make("lora", n=400, r=8, trained=False)
+    assert not layer.B.any() and layer.A.shape == (8, 400) and layer.B.shape == (5, 8)
+    assert 0.99 / 20 < layer.A.max() <= 1 / 20 and -1 / 20 <= layer.A.min() < -0.99 / 20
+
+
+# ---------------------------------------------------------------------------------- diagnostics
+
+@given(k=st.integers(1, 5), scale=st.sampled_from([2.0**-90, 0.3, 2.0**90]), seed=st.integers(0, 2**31),
+       dtype=wide_dtypes)
+def test_diagnostics_of_k_equal_singular_values(k, scale, seed, dtype):
+    """Entropy log k and stable rank k, whatever the scale and the rotations on both sides."""
+    rng = np.random.default_rng(seed)
+    Q, T = (np.linalg.qr(rng.standard_normal((size, size)))[0] for size in (7, 5))
+    delta = torch.from_numpy(scale * Q[:, :k] @ T[:k]).to(dtype)
+    assert_close(singular_value_entropy(delta), math.log(k), 64, 16)  # 5 stray values of ε log(1/ε) each
+    assert_close(stable_rank(delta), k, k, 64)
+
+
+@given(seed=st.integers(0, 2**31), m=st.integers(1, 6), n=st.integers(1, 6))
+def test_diagnostics_are_their_formulas(seed, m, n):
+    """−Σ p log p with p = σ/Σσ, ‖·‖²F/‖·‖²₂; both over leading dimensions too."""
+    delta = np.random.default_rng(seed).standard_normal((2, m, n))
+    S = np.linalg.svd(delta, compute_uv=False)
+    p = S / S.sum(axis=1, keepdims=True)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    assert_close(singular_value_entropy(torch.from_numpy(delta)), -(p * logs).sum(axis=1), 4, 32)
+    assert_close(stable_rank(torch.from_numpy(delta)), (delta**2).sum(axis=(1, 2)) / S[:, 0] ** 2, 6, 32)
+
+
+def test_diagnostics_of_nothing_and_of_half_precision():
+    assert singular_value_entropy(torch.zeros(3, 4)) == 0 and stable_rank(torch.zeros(3, 4)) == 0
+    assert singular_value_entropy(torch.eye(3).bfloat16()).dtype == torch.float32
+    assert stable_rank(torch.eye(3).half()) == 3
+
+
+def test_a_lora_update_stays_below_log_r_and_a_conditioned_one_does_not():
+    """The paper's first finding, as far as algebra goes: a diagonal lifts W' − W0 out of rank r."""
+    entropy = {kind: singular_value_entropy(layer.adapted_weight() - layer.W0).item()
+               for kind in KINDS for layer in [make(kind, m=24, n=24, r=2)]}
+    assert entropy.pop("lora") <= math.log(2) + 1e-12
+    assert min(entropy.values()) > 2 * math.log(2)
