@@ -12,6 +12,7 @@ import inspect
 import io
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ from minisora import (METHODS, DoRALinear, DoRAMatrixLinear, LoRALinear, PreDiag
 for profile in ("default", "ci"):
     settings.register_profile(profile, derandomize=True, database=None, deadline=None, max_examples=25)
 settings.register_profile("long", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
+
+
+def pytest_configure(config):
+    """With -p test_minisora: the profiles are known now; import the tests again, under the chosen one."""
+    del sys.modules[__name__]
+
 
 KINDS = {
     "lora": (LoRALinear, {}),
