@@ -7,10 +7,10 @@ After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in 
 A frozen weight W0 (m, n) gets a low-rank update sBA and a conditioning matrix. Where that matrix
 stands and what it is span a grid:
 
-    conditioning     before the update, on W0           after it, on the sum
-    identity                       W0 + sBA  (LoRA)
-    diagonal         diag(d) W0 + sBA  (Pre-Diag)       𝔇 (W0 + sBA)  (DoRA)
-    rotation                                            R (diag(d) W0 + sBA)  (SORA)
+                 before the update, on W0        after it, on the sum
+    identity     W0 + sBA           LoRA         (the same)
+    diagonal     diag(d) W0 + sBA   Pre-Diag     𝔇 (W0 + sBA)           DoRA
+    rotation                                     R (diag(d) W0 + sBA)   SORA
 
 One kernel computes them all without another (m, n) matrix, since 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A:
 
@@ -26,8 +26,6 @@ C, D (m, r_p), P skew-symmetric, R rotation. The bias b is never conditioned, an
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 
 def full_precision(method):
@@ -39,38 +37,35 @@ def full_precision(method):
     return wrapper
 
 
-class Adapter(nn.Module):
+class Adapter(torch.nn.Module):
     """What the five layers share: the frozen `base`, A and B, and the way back to a plain nn.Linear.
 
     base: the nn.Linear to adapt, weight W0 (m, n); it is frozen and kept as it is, never written.
     r: rank of the update BA, an int ≥ 1. lora_alpha: the update is scaled by s = lora_alpha / r.
     A (r, n) starts Kaiming-uniform(√5), B (m, r) at zero. Adapter tensors are float32, or float64 on a
-    float64 base, on W0's device.
+    float64 base, on W0's device. Each method adds adapted_weight(): W' (m, n), dense and differentiable, in
+    float32 or wider, the equation literally; and forward(x), the cheap path to x W'ᵀ + b for x (…, n).
     Raises TypeError if base is not exactly an nn.Linear, ValueError if r is not an int ≥ 1.
     Source: LoRA (arXiv 2106.09685) for A, B and s.
     """
 
     def __init__(self, base, r, lora_alpha):
         super().__init__()
-        if type(base) is not nn.Linear:  # a subclass may use its weight in ways of its own
+        if type(base) is not torch.nn.Linear:  # a subclass may use its weight in ways of its own
             raise TypeError(f"{type(self).__name__} adapts a plain nn.Linear, got {type(base).__name__}")
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an int ≥ 1, got {r!r}")
         self.base = base.requires_grad_(False)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.in_features, self.out_features = n, m = base.in_features, base.out_features
-        self.A = nn.Parameter(self.W0.new_empty(r, n))
-        self.B = nn.Parameter(self.W0.new_zeros(m, r))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.A = torch.nn.Parameter(self.W0.new_empty(r, n))
+        self.B = torch.nn.Parameter(self.W0.new_zeros(m, r))
+        torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @property
     def W0(self):
         """The frozen weight (m, n), in float32 or wider."""
         return self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
-
-    def adapted_weight(self):
-        """W' (m, n), dense and differentiable, in float32 or wider: the method's equation, literally."""
-        raise NotImplementedError
 
     # Code that reads a Linear's weight past its forward, as nn.TransformerEncoder does in eval mode, gets W'.
     @property
@@ -91,12 +86,12 @@ class Adapter(nn.Module):
     def products(self, x):
         """y0 = x W0ᵀ (…, m) and h = x Aᵀ (…, r): all that a cheap path takes from x (…, n)."""
         self.check(x)
-        return F.linear(x, self.base.weight), F.linear(x, self.A.to(x.dtype))
+        return torch.nn.functional.linear(x, self.base.weight), x @ self.A.T.to(x.dtype)
 
     def conditioned(self, y0, d, c, M):
         """The one kernel, y = d ∘ y0 + c Mᵀ + b, in y0's dtype; d (m,), c (…, k), M (m, k)."""
         # d stays in float32: bfloat16 would round 1.003 to 1 for every x.
-        return (d * y0 + F.linear(c, M.to(c.dtype), self.base.bias)).to(y0.dtype)
+        return (d * y0 + torch.nn.functional.linear(c, M.to(c.dtype), self.base.bias)).to(y0.dtype)
 
     @torch.no_grad()
     def merge(self):
@@ -108,10 +103,10 @@ class Adapter(nn.Module):
         weight = self.weight
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: the adapted weight has non-finite entries")
-        merged = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        merged.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        merged = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        merged.weight = torch.nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            merged.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+            merged.bias = torch.nn.Parameter(self.bias.clone(), requires_grad=False)
         return merged.train(self.training)
 
 
@@ -133,7 +128,7 @@ class LoRALinear(Adapter):
     def forward(self, x):
         """y = W0 x + sB (A x) + b."""
         y0, h = self.products(x)
-        return y0 + F.linear(h, (self.scaling * self.B).to(h.dtype), self.base.bias)
+        return y0 + torch.nn.functional.linear(h, (self.scaling * self.B).to(h.dtype), self.base.bias)
 
 
 class DoRALinear(Adapter):
@@ -150,7 +145,7 @@ class DoRALinear(Adapter):
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
         super().__init__(base, r, lora_alpha)
         self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(self.W0.square().sum(dim=1).sqrt())
+        self.magnitude = torch.nn.Parameter(self.W0.square().sum(dim=1).sqrt())
 
     def conditioner(self, squared_norm):
         """The diagonal (m,) of 𝔇 = diag(magnitude / ‖V‖row), from ‖V‖²row (m,)."""
@@ -166,7 +161,7 @@ class DoRALinear(Adapter):
     def forward(self, x):
         """y = W' x + b, with W' formed: what the matrix form does without."""
         self.check(x)
-        return F.linear(x, self.weight, self.base.bias)
+        return torch.nn.functional.linear(x, self.weight, self.base.bias)
 
 
 class DoRAMatrixLinear(DoRALinear):
@@ -185,7 +180,7 @@ class DoRAMatrixLinear(DoRALinear):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ, row by row
             w2 = torch.linalg.vector_norm(W0, dim=1, dtype=self.A.dtype).square()
-            cross = (sB * F.linear(W0, self.A.to(W0.dtype))).sum(dim=1)
+            cross = (sB * (W0 @ self.A.T.to(W0.dtype))).sum(dim=1)
             u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)
             floor = torch.finfo(W0.dtype).eps * (w2 + u2).detach()
             squared_norm = torch.maximum(w2 + 2 * cross + u2, floor)
@@ -209,7 +204,7 @@ class PreDiagLinear(Adapter):
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
-        self.diag = nn.Parameter(torch.ones_like(self.B[:, 0]))
+        self.diag = torch.nn.Parameter(torch.ones_like(self.B[:, 0]))
 
     @full_precision
     def adapted_weight(self):
@@ -270,9 +265,9 @@ class SORALinear(Adapter):
         super().__init__(base, r, lora_alpha)
         self.r_p, self.rotation = r_p, rotation
         bound = 1 / math.sqrt(self.out_features)
-        self.diag = nn.Parameter(torch.ones_like(self.B[:, 0]))
-        self.C = nn.Parameter(self.B.new_empty(self.out_features, r_p).uniform_(-bound, bound))
-        self.D = nn.Parameter(self.C.detach().clone())
+        self.diag = torch.nn.Parameter(torch.ones_like(self.B[:, 0]))
+        self.C = torch.nn.Parameter(self.B.new_empty(self.out_features, r_p).uniform_(-bound, bound))
+        self.D = torch.nn.Parameter(self.C.detach().clone())
 
     @full_precision
     def rotation_matrix(self):
@@ -287,19 +282,19 @@ class SORALinear(Adapter):
 
     @full_precision
     def factors(self):
-        """M = [sB L] (m, r + 2r_p), and (d ∘ V)ᵀ (2r_p, m) and VᵀsB (2r_p, r), which give t from y0 and h."""
+        """M = [sB L] (m, r + 2r_p), and d ∘ V (m, 2r_p) and (sB)ᵀV (r, 2r_p), which take y0 and h to t."""
         L, V = (factor.to(self.A.dtype) for factor in rotation_factors(self.C, self.D, self.rotation))
         sB = self.scaling * self.B
-        return torch.cat([sB, L], dim=1), (self.diag[:, None] * V).T, V.T @ sB
+        return torch.cat([sB, L], dim=1), self.diag[:, None] * V, sB.T @ V
 
     def forward(self, x):
         """y = R (d ∘ y0 + sB h) + b = d ∘ y0 + [sB L] [h; t] + b with y0 = W0 x, h = A x, t = Vᵀ(d ∘ y0 + sB h).
 
         A LoRA of rank r + 2r_p: autograd keeps y0, h and t, no second (…, m) activation.
         """
-        M, V_y0, V_h = self.factors()
+        M, dV, BV = self.factors()
         y0, h = self.products(x)
-        t = F.linear(y0, V_y0.to(y0.dtype)) + F.linear(h, V_h.to(h.dtype))  # t = (d ∘ V)ᵀ y0 + (VᵀsB) h
+        t = y0 @ dV.to(y0.dtype) + h @ BV.to(h.dtype)  # Vᵀ(d ∘ y0 + sB h) = (d ∘ V)ᵀ y0 + (VᵀsB) h
         return self.conditioned(y0, self.diag, torch.cat([h, t], dim=-1), M)
 
 
@@ -338,13 +333,13 @@ def adapt(model, method, target_modules, **kwargs):
     matches = {t: [name for name in modules if ("." + name).endswith("." + t)] for t in names}
     if not names or not all(matches.values()):
         wrong = [t for t in names if not matches[t]]
-        linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear})
+        linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if type(m) is torch.nn.Linear})
         raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {linears}")
     targets = {}  # a dict, as an ordered set
     for name in sum(matches.values(), []):
         if isinstance(modules[name], Adapter) or isinstance(modules.get(name.rpartition(".")[0]), Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
-        if type(modules[name]) is not nn.Linear:
+        if type(modules[name]) is not torch.nn.Linear:
             raise TypeError(f"{name} must be a plain nn.Linear, got {type(modules[name]).__name__}")
         targets[modules[name]] = None
     new = {linear: METHODS[method](linear, **kwargs) for linear in targets}
