@@ -329,7 +329,8 @@ def adapt(model, method, target_modules, **kwargs):
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    bases = {layer.base for layer in model.modules() if isinstance(layer, Adapter)}
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if m not in bases}
     matches = {t: [name for name in modules if ("." + name).endswith("." + t)] for t in names}
     if not names or not all(matches.values()):
         wrong = [t for t in names if not matches[t]]
@@ -337,7 +338,7 @@ def adapt(model, method, target_modules, **kwargs):
         raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {linears}")
     targets = {}  # a dict, as an ordered set
     for name in sum(matches.values(), []):
-        if isinstance(modules[name], Adapter) or isinstance(modules.get(name.rpartition(".")[0]), Adapter):
+        if isinstance(modules[name], Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
         if type(modules[name]) is not torch.nn.Linear:
             raise TypeError(f"{name} must be a plain nn.Linear, got {type(modules[name]).__name__}")

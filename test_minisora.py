@@ -812,3 +812,235 @@ def test_a_lora_update_stays_below_log_r_and_a_conditioned_one_does_not():
                for kind in KINDS for layer in [make(kind, m=24, n=24, r=2)]}
     assert entropy.pop("lora") <= math.log(2) + 1e-12
     assert min(entropy.values()) > 2 * math.log(2)
+
+
+# ---------------------------------------------------------------------------------- models
+
+class Attention(nn.Module):
+    """q_proj and v_proj, a name that only ends alike, and an output that is used at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj, self.xq_proj = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out = self.again = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.again(self.out(self.q_proj(x) * self.v_proj(x).tanh() + self.xq_proj(x)))
+
+
+def model(method=None, targets=("q_proj", "v_proj"), seed=0, **kwargs):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 6), nn.ModuleDict({"attn": Attention()})["attn"], nn.LayerNorm(6))
+    return adapt(net, method, targets, **kwargs) if method else net
+
+
+def disturb(net, seed=3):
+    """Any values in every adapter tensor."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in minisora.adapter_parameters(net).values():
+            p.add_(0.3 * torch.randn_like(p))
+    return net
+
+
+def picture(net):
+    """All that an operation which fails must leave as it was."""
+    return ([(name, type(m), id(m)) for name, m in net.named_modules(remove_duplicate=False)],
+            [(name, id(p), p.requires_grad, p.detach().clone().numpy().tobytes()) for name, p in net.named_parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapt_freezes_the_model_and_wraps_what_the_names_match(method):
+    """A name matches where it is the whole dotted name or its end after a dot, as in PEFT; kwargs reach the layer."""
+    net = model()
+    assert adapt(net, method, ["q_proj", "1.v_proj", "0"], r=3, lora_alpha=6) is net
+    wrapped = {name for name, m in net.named_modules() if type(m) is METHODS[method]}
+    assert wrapped == {"0", "1.q_proj", "1.v_proj"}
+    assert net[0].r == 3 and net[0].scaling == 2.0 and net[0].A.shape == (3, 6)
+    own = set(adapter_state_dict(net))
+    assert own == {name for name, p in net.named_parameters() if p.requires_grad}
+    letters = {"lora": "A B", "dora": "A B magnitude", "dora_matrix": "A B magnitude", "pre_diag": "A B diag",
+               "sora": "A B diag C D"}[method].split()
+    assert own == {f"{name}.{letter}" for name in wrapped for letter in letters}
+
+
+def test_adapt_takes_one_name_as_it_takes_a_list():
+    assert set(adapter_state_dict(model("lora", "q_proj"))) == {"1.q_proj.A", "1.q_proj.B"}
+
+
+def test_adapting_and_merging_use_the_defaults_of_the_design():
+    assert METHODS == {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLinear,
+                       "pre_diag": PreDiagLinear, "sora": SORALinear}
+    for method in METHODS:
+        layer = model(method)[1].q_proj
+        assert (layer.r, layer.lora_alpha, layer.scaling) == (8, 16, 2.0)
+        assert getattr(layer, "detach_norm", True) is True
+        assert (getattr(layer, "r_p", 4), getattr(layer, "rotation", "exp")) == (4, "exp")
+
+
+@pytest.mark.parametrize("targets", ["out", "again", ["out", "again"]])
+def test_a_linear_used_at_two_places_is_wrapped_once_and_stays_shared(targets):
+    net = disturb(model("sora", targets))
+    attn = net[1]
+    assert attn.out is attn.again and type(attn.out) is SORALinear and type(attn.out.base) is nn.Linear
+    assert len(adapter_state_dict(net)) == 5
+    x = torch.randn(3, 6)
+    y = net(x)
+    merge_adapters(net)
+    assert attn.out is attn.again and type(attn.out) is nn.Linear
+    assert torch.allclose(net(x), y, atol=1e-5)
+
+
+def test_a_head_tied_to_the_embedding_leaves_the_embedding_alone():
+    net = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9, bias=False)})
+    net["head"].weight = net["embedding"].weight
+    before = net["embedding"].weight.detach().clone()
+    disturb(adapt(net, "dora_matrix", ["head"]))
+    assert net["head"].base.weight is net["embedding"].weight
+    merge_adapters(net)
+    assert torch.equal(net["embedding"].weight, before) and not torch.equal(net["head"].weight, before)
+
+
+def test_a_second_method_leaves_the_first_to_train_on():
+    net = adapt(model("lora", "q_proj"), "sora", "v_proj")
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == set(adapter_state_dict(net)) >= {"1.q_proj.B", "1.v_proj.C"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_adapters_leaves_plain_linears_of_the_same_function(method):
+    net = disturb(model(method, ["0", "q_proj", "out"]))
+    x = torch.randn(5, 6)
+    y = net(x)
+    assert merge_adapters(net) is net
+    assert not any(isinstance(m, minisora.Adapter) for m in net.modules())
+    assert set(net.state_dict()) == set(model().state_dict())
+    assert torch.allclose(net(x), y, atol=1e-5)
+    assert picture(merge_adapters(net)) == picture(net)  # nothing left to do
+    layer = disturb(LoRALinear(nn.Linear(3, 2)))
+    assert type(merge_adapters(layer)) is nn.Linear  # a layer that is the whole model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapter_state_goes_through_a_file_bit_for_bit(method):
+    """Saved, loaded with weights_only=True into a model adapted alike: the same outputs. It is a copy, and small."""
+    net, twin = disturb(model(method)), model(method, seed=0)
+    state = adapter_state_dict(net)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    load_adapter_state_dict(twin, torch.load(buffer, weights_only=True))
+    x = torch.randn(4, 6)
+    assert torch.equal(twin(x), net(x))
+    before = {name: t.clone() for name, t in state.items()}
+    disturb(net)
+    assert all(torch.equal(state[name], before[name]) and not state[name].requires_grad for name in state)
+    load_adapter_state_dict(net, state)  # back to the snapshot
+    assert torch.equal(twin(x), net(x))
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+class Subclassed(nn.Linear):
+    pass
+
+
+BAD_LAYERS = {
+    "r = 0": (lambda: LoRALinear(nn.Linear(3, 2), r=0), ValueError, "r must be an int ≥ 1, got 0"),
+    "r = -2": (lambda: SORALinear(nn.Linear(3, 2), r=-2), ValueError, "r must be an int ≥ 1, got -2"),
+    "r = 2.0": (lambda: DoRALinear(nn.Linear(3, 2), r=2.0), ValueError, "r must be an int ≥ 1, got 2.0"),
+    "r = True": (lambda: PreDiagLinear(nn.Linear(3, 2), r=True), ValueError, "r must be an int ≥ 1, got True"),
+    "r_p = 0": (lambda: SORALinear(nn.Linear(3, 2), r_p=0), ValueError, "r_p must be an int ≥ 1, got 0"),
+    "r_p = '4'": (lambda: SORALinear(nn.Linear(3, 2), r_p="4"), ValueError, "r_p must be an int ≥ 1, got '4'"),
+    "rotation": (lambda: SORALinear(nn.Linear(3, 2), rotation="householder"), ValueError,
+                 "'exp', 'cayley' or 'first_order', got 'householder'"),
+    "Conv1d": (lambda: LoRALinear(nn.Conv1d(3, 2, 1)), TypeError, "LoRALinear adapts a plain nn.Linear, got Conv1d"),
+    "subclass": (lambda: LoRALinear(Subclassed(3, 2)), TypeError, "got Subclassed"),
+    "adapted": (lambda: LoRALinear(DoRALinear(nn.Linear(3, 2))), TypeError, "got DoRALinear"),
+    "weight": (lambda: LoRALinear(nn.Linear(3, 2).weight), TypeError, "got Parameter"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_a_layer_refuses_what_it_cannot_be(case):
+    call, error, message = BAD_LAYERS[case]
+    with pytest.raises(error) as info:
+        call()
+    assert message in str(info.value)
+
+
+def test_a_refused_layer_leaves_its_base_trainable():
+    base = nn.Linear(3, 2)
+    for wrong in ({"r": 0}, {"r_p": 0}, {"rotation": "none"}):
+        with pytest.raises(ValueError):
+            SORALinear(base, **wrong)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@every_kind
+def test_x_of_the_wrong_width_is_refused_with_both_widths(kind):
+    layer = make(kind)
+    for x in (torch.zeros(4, 6).double(), torch.tensor(1.0).double(), torch.zeros(7, 4).double()):
+        with pytest.raises(ValueError, match=f"7 features in its last dimension, got shape {tuple(x.shape)}".replace(
+                "(", r"\(").replace(")", r"\)")):
+            layer(x)
+
+
+BAD_CALLS = {
+    "unknown method": (lambda net: adapt(net, "vera", ["0"]), ValueError, "lora, dora, dora_matrix, pre_diag, sora, got 'vera'"),
+    "no match": (lambda net: adapt(net, "lora", ["k_proj"]), ValueError, "['k_proj'] match no module"),
+    "what there is": (lambda net: adapt(net, "lora", ["k_proj"]), ValueError, "['0', 'again', 'out', 'v_proj', 'xq_proj']"),
+    "one without a match": (lambda net: adapt(net, "lora", ["0", "proj"]), ValueError, "['proj'] match no module"),
+    "no names": (lambda net: adapt(net, "lora", []), ValueError, "match no module"),
+    "no Linear": (lambda net: adapt(net, "lora", ["0", "2"]), TypeError, "2 must be a plain nn.Linear, got LayerNorm"),
+    "already adapted": (lambda net: adapt(net, "dora", ["0", "q_proj"]), ValueError, "1.q_proj is already adapted"),
+    "inside an adapter": (lambda net: adapt(net, "dora", ["base"]), ValueError, "['base'] match no module"),
+    "r = 0": (lambda net: adapt(net, "dora", ["0"], r=0), ValueError, "r must be"),
+    "r_p of lora": (lambda net: adapt(net, "lora", ["0"], r_p=4), TypeError, "r_p"),
+    "missing": (lambda net: load(net, drop="1.q_proj.B"), ValueError, "missing 1.q_proj.B"),
+    "unexpected": (lambda net: load(net, extra=torch.zeros(1)), ValueError, "unexpected extra"),
+    "misshapen": (lambda net: load(net, **{"1.q_proj.A": torch.zeros(2, 6)}), ValueError,
+                  "1.q_proj.A must be a tensor of shape (8, 6), got (2, 6)"),
+    "no tensor": (lambda net: load(net, **{"1.q_proj.A": [1.0]}), ValueError, "1.q_proj.A must be a tensor of shape (8, 6), got list"),
+    "nan": (lambda net: load(net, **{"1.q_proj.A": torch.full((8, 6), math.nan)}), ValueError, "non-finite 1.q_proj.A"),
+    "inf": (lambda net: load(net, **{"1.q_proj.B": torch.full((6, 8), math.inf)}), ValueError, "non-finite 1.q_proj.B"),
+    "all at once": (lambda net: load(net, drop="1.q_proj.A", extra=torch.zeros(1)), ValueError,
+                    "adapter state does not fit: missing 1.q_proj.A; unexpected extra"),
+}
+
+
+def load(net, drop=None, **changes):
+    state = {name: t + 1 for name, t in adapter_state_dict(net).items() if name != drop}
+    load_adapter_state_dict(net, {**state, **changes})
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_a_refused_call_names_the_offender_and_changes_nothing(case):
+    call, error, message = BAD_CALLS[case]
+    net = disturb(model("lora", "q_proj"))
+    for p in net[2].parameters():
+        p.requires_grad_(True)
+    before = picture(net)
+    with pytest.raises(error) as info:
+        call(net)
+    assert message in str(info.value)
+    assert picture(net) == before
+
+
+@every_kind
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_merged(kind, bad):
+    """Neither by the layer nor in a model, where nothing is then replaced; an overflow on the cast counts too."""
+    net = nn.Sequential(make("lora", m=7), make(kind))
+    with torch.no_grad():
+        net[1].A[0, 0] = bad
+    before = picture(net)
+    for merge in (net[1].merge, lambda: merge_adapters(net)):
+        with pytest.raises(ValueError, match=f"{type(net[1]).__name__}.merge: the adapted weight has non-finite"):
+            merge()
+    assert picture(net) == before
+    half = LoRALinear(nn.Linear(3, 2).half(), r=1)
+    with torch.no_grad():
+        half.B.fill_(1e6)
+    with pytest.raises(ValueError, match="non-finite"):
+        half.merge()
