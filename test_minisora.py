@@ -10,8 +10,13 @@ same formula with each term replaced by its absolute value, so that a wrong fact
 import copy
 import inspect
 import io
+import json
 import math
+import os
+import pathlib
 import pickle
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minisora
+import train_tiny
 from minisora import (METHODS, DoRALinear, DoRAMatrixLinear, LoRALinear, PreDiagLinear, SORALinear, adapt,
                       adapter_state_dict, load_adapter_state_dict, merge_adapters, rotation_factors,
                       singular_value_entropy, stable_rank)
@@ -1046,3 +1052,170 @@ def test_weights_that_are_not_finite_are_not_merged(kind, bad):
         half.B.fill_(1e6)
     with pytest.raises(ValueError, match="non-finite"):
         half.merge()
+
+
+# ---------------------------------------------------------------------------------- in other code
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_is_right_in_train_mode_and_on_its_fast_path(method, masked):
+    """In eval mode nn.TransformerEncoder reads linear1.weight past the module: it finds W', also for padded batches."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = disturb(adapt(nn.TransformerEncoder(layer, 2), method, ["linear1", "linear2"], r=2))
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]]) if masked else None
+    slow, plain = net(x, src_key_padding_mask=padding), merge_adapters(copy.deepcopy(net))
+    assert slow.requires_grad
+    keep = ~padding if masked else torch.ones(3, 5, dtype=torch.bool)
+    with torch.no_grad():
+        fast = net.eval()(x, src_key_padding_mask=padding)
+        assert torch.allclose(fast[keep], slow[keep], atol=1e-4)
+        assert torch.allclose(fast[keep], plain.eval()(x, src_key_padding_mask=padding)[keep], atol=1e-5)
+
+
+def test_the_output_projection_of_multihead_attention_is_refused():
+    """nn.MultiheadAttention never calls out_proj; its class says so, and adapt refuses it by name."""
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
+    with pytest.raises(TypeError, match=r"layers.0.self_attn.out_proj must be a plain nn.Linear, got NonDynamically"):
+        adapt(net, "lora", ["out_proj"])
+
+
+# ---------------------------------------------------------------------------------- the price, in counts
+
+def test_the_price_in_floating_point_operations_and_in_bytes_kept():
+    """At 2048 tokens, 1024 → 1024, r = 16, r_p = 4: figures that depend on no machine."""
+    T, d, r, q = 2048, 1024, 16, 8  # q = 2 r_p
+    layers = train_tiny.bench_layers(d, torch.device("cpu"), torch.float32)
+    x = torch.randn(T, d, requires_grad=True)
+    count = {name: train_tiny.flops(layer, x) for name, layer in layers.items()}
+    kept = {name: train_tiny.saved_bytes(layer, x) / (T * d * 4) for name, layer in layers.items()}
+    assert count["linear"] == 2 * (2 * T * d * d)  # forward, and backward to x
+    assert count["lora"] == count["pre_diag"] == count["linear"] + 3 * 2 * T * r * (d + d)
+    assert count["dora_matrix"] == count["lora"] + 2 * (d * d * r + d * r * r + d * r * r)  # and the norm, W0Aᵀ first
+    assert count["dora"] == 1.5 * count["linear"] + 3 * 2 * d * d * r  # W' formed, and its (m, n) gradient
+    thin = 3 * (2 * T * q * (d + d + r) + 2 * d * q * (q + q + r))  # t from y0 and h, L t; and VᵀU, UK, (sB)ᵀV
+    assert all(count["lora"] < count[f"sora {kind}"] <= count["lora"] + 1.01 * thin for kind in ("exp", "cayley", "first_order"))
+    assert kept["linear"] == 0 and kept["lora"] <= 0.05
+    assert kept["pre_diag"] <= 1.05 and kept["dora_matrix"] <= 1.05
+    assert all(1 <= kept[f"sora {kind}"] <= 1.15 for kind in ("exp", "cayley", "first_order"))
+    with torch.no_grad():
+        assert all(train_tiny.saved_bytes(layer, x) == 0 for layer in layers.values())
+    merged = layers["sora exp"].merge()
+    assert train_tiny.flops(merged, x) == count["linear"] and train_tiny.saved_bytes(merged, x) == 0
+
+
+# ---------------------------------------------------------------------------------- train_tiny.py
+
+TINY = "--device cpu --dim 32 --layers 1 --context 16 --batch 4 --base-steps 4 --steps 4".split()
+
+
+def test_training_script_from_start_to_file_and_back(tmp_path, capsys):
+    """Every method, two seeds, two rates; the record; and --load scores what --save wrote to the same digit."""
+    record, file = tmp_path / "record.json", tmp_path / "adapters.pt"
+    train_tiny.main([*TINY, "--seeds", "2", "--lr", "1e-3", "1e-2", "--match-params", "--json", str(record), "--save", str(file),
+                     "--methods", *train_tiny.METHODS])
+    text, data = capsys.readouterr().out, json.loads(record.read_text())
+    assert {"device", "torch", "python", "config", "base", "results"} <= data.keys()
+    assert {"base_bpb", "target_bpb"} == data["base"].keys() and len(data["results"]) == 2 * len(train_tiny.METHODS)
+    for r in data["results"]:
+        assert {"method", "seed", "trainable", "bpb", "merged_bpb", "ms_per_step", "entropy", "stable_rank", "orthogonality"} <= r.keys()
+        assert r["bpb"] == pytest.approx(r["merged_bpb"], abs=1e-5)
+        assert (r["orthogonality"] is not None) == r["method"].startswith("sora")
+    by = {(r["method"], r["seed"]): r for r in data["results"]}
+    for seed in (0, 1):
+        assert by["dora", seed]["bpb"] == pytest.approx(by["dora_matrix", seed]["bpb"], abs=1e-5)
+        assert by["sora", seed]["orthogonality"] < 1e-6
+        assert abs(by["sora", seed]["trainable"] / by["lora", seed]["trainable"] - 1) < 0.2
+    for claim in ("1. entropy of W' − W0, attention", "2. DoRA in matrix form", "3. Pre-Diag − DoRA", "4. SORA − lora", "4. SORA turned"):
+        assert claim in text
+    train_tiny.main(["--load", str(file), "--device", "cpu", "--json", str(record)])
+    for r in json.loads(record.read_text())["results"]:
+        assert r["bpb"] == by[r["method"], 0]["bpb"] and r["merged_bpb"] == by[r["method"], 0]["merged_bpb"]
+
+
+def test_benchmark_script(tmp_path, capsys):
+    train_tiny.main(["--bench", "--device", "cpu", "--sizes", "32x16", "--rounds", "2", "--json", str(tmp_path / "b.json")])
+    results = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [r["layer"] for r in results] == ["linear", "lora", "dora", "dora_matrix", "pre_diag",
+                                             "sora exp", "sora cayley", "sora first_order"]
+    assert all(r["ms"] > 0 for r in results) and results[1]["over_lora"] == 1 and "sora first_order" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command, message", [
+    ("--methods vera", "invalid choice: 'vera'"), ("--device tpu", "invalid choice: 'tpu'"), ("--steps 0", "--steps"),
+    ("--seeds 0", "--seeds"), ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--steps many", "--steps"), ("--sizes 4", "--sizes"),
+    ("--dim 40", "--dim 40"), ("--base-text nowhere.txt", "nowhere.txt: No such file"), ("--target-text .", "Is a directory"),
+    ("--target-text requirements.txt", "bytes are too few"), ("--json no/where.json", "no/where.json"),
+    ("--load README.md", "--load README.md"), ("--frobnicate", "--frobnicate"),
+    *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda: this machine has none")])])
+def test_training_script_refuses_in_one_line_with_status_2(command, message, capsys):
+    with pytest.raises(SystemExit) as info:
+        train_tiny.main(command.split())
+    error = capsys.readouterr().err
+    assert info.value.code == 2 and message in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------- the README
+
+README = (pathlib.Path(__file__).parent / "README.md").read_text()
+
+
+def table(heading):
+    """The rows, as lists of cells, of the first table under a heading of the README."""
+    lines = README.split(f"\n## {heading}\n", 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = [line.strip("|").split(" | ") for line in lines[start:lines.index("", start)]]
+    return rows[2:]
+
+
+def test_readme_table_of_proofs_is_not_stale():
+    """Every test it names exists, and every class and function stands at the line it says."""
+    rows = table("Equation, code, proof")
+    assert len(rows) >= 5
+    for row in rows:
+        assert re.findall(r"`(test_\w+)`", row[2]), row
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert callable(globals()[name]), name
+    links = re.findall(r"\[`([\w.]+)`\]\(minisora\.py#L(\d+)\)", README)
+    assert {cls.__name__ for cls in METHODS.values()} <= {name for name, _ in links}
+    for name, line in links:
+        assert inspect.getsourcelines(getattr(minisora, name))[1] == int(line), name
+
+
+@pytest.mark.parametrize("name", [cls.__name__ for cls in METHODS.values()])
+def test_a_class_copies_out_with_the_names_the_readme_says(name):
+    """Exactly those, in a namespace that holds torch and math alone: it trains, merges, and says the same."""
+    rows = {row[0].strip("` "): re.findall(r"`(\w+)`", row[1]) for row in table("Copy one layer out")}
+    assert len(rows[name]) <= 4
+    namespace = {"torch": torch, "math": math}
+    for taken in rows[name]:
+        exec(inspect.getsource(getattr(minisora, taken)), namespace)
+    kind = next(kind for kind in KINDS if KINDS[kind][0].__name__ == name)
+    layer = make(kind)
+    copied = namespace[name](copy.deepcopy(layer.base), 3, 5, **KINDS[kind][1], **({"r_p": 2} if "sora" in kind else {}))
+    copied.load_state_dict(layer.state_dict())
+    x = inputs(layer, 3)
+    assert torch.equal(copied(x), layer(x)) and torch.equal(copied.merge().weight, layer.merge().weight)
+    assert train(copied) == train(layer)
+    for spare in rows[name]:  # and not one name too many
+        rest = {"torch": torch, "math": math}
+        with pytest.raises((NameError, KeyError)):
+            for taken in rows[name]:
+                if taken != spare:
+                    exec(inspect.getsource(getattr(minisora, taken)), rest)
+            layer = rest[name](nn.Linear(3, 2))
+            layer.merge(), layer(torch.zeros(1, 3))
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_readme_python_blocks_run(i, tmp_path):
+    """Each as a script of its own; their asserts are the recipes' promises (DistributedDataParallel's among them)."""
+    script = tmp_path / "recipe.py"
+    script.write_text(BLOCKS[i])
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
