@@ -1056,6 +1056,7 @@ def test_weights_that_are_not_finite_are_not_merged(kind, bad):
 
 # ---------------------------------------------------------------------------------- in other code
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformer_encoder_is_right_in_train_mode_and_on_its_fast_path(method, masked):
