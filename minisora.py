@@ -12,12 +12,14 @@ stands and what it is span a grid:
     diagonal     diag(d) W0 + sBA   Pre-Diag     𝔇 (W0 + sBA)           DoRA
     rotation                                     R (diag(d) W0 + sBA)   SORA
 
-One kernel computes them all without another (m, n) matrix, since 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A:
+A diagonal passes through the sum, 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A, so that no layer but the original DoRA needs
+another (m, n) matrix: y = d ∘ y0 + M c + b with y0 = W0 x, h = A x, and
 
-    y = d ∘ (W0 x) + M c + b,   with c = A x, and [A x; Vᵀ(d ∘ W0 x + sBA x)] for the rotation.
+    LoRA  d = 1, M = sB, c = h             DoRA  d = diagonal of 𝔇, M = s𝔇B, c = h
+    Pre-Diag  d = diag, M = sB, c = h      SORA  d = diag, M = [sB L], c = [h; t], t = Vᵀ(d ∘ y0 + sBh)
 
-One meaning a letter: A (r, n), B (m, r), s = lora_alpha / r, magnitude (m,), diag d (m,), skew factors
-C, D (m, r_p), P skew-symmetric, R rotation. The bias b is never conditioned, and W' = W0 at step 0.
+Letters: A (r, n), B (m, r), s = lora_alpha / r, magnitude and diag (m,), skew factors C and D (m, r_p), P skew-
+symmetric, R = I + LVᵀ its rotation (m, m). The bias b is never conditioned, and W' = W0 at step 0.
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
     ...                        # train as usual: only the adapters have requires_grad
@@ -28,25 +30,17 @@ import math
 import torch
 
 
-def full_precision(method):
-    """Run a layer's method with autocast off: a norm, a rotation or a merge is never taken in half precision."""
-    def wrapper(layer):
-        with torch.autocast(layer.A.device.type, enabled=False):
-            return method(layer)
-    wrapper.__doc__ = method.__doc__
-    return wrapper
-
-
 class Adapter(torch.nn.Module):
     """What the five layers share: the frozen `base`, A and B, and the way back to a plain nn.Linear.
 
-    base: the nn.Linear to adapt, weight W0 (m, n); it is frozen and kept as it is, never written.
-    r: rank of the update BA, an int ≥ 1. lora_alpha: the update is scaled by s = lora_alpha / r.
-    A (r, n) starts Kaiming-uniform(√5), B (m, r) at zero. Adapter tensors are float32, or float64 on a
-    float64 base, on W0's device. Each method adds adapted_weight(): W' (m, n), dense and differentiable, in
-    float32 or wider, the equation literally; and forward(x), the cheap path to x W'ᵀ + b for x (…, n).
-    Raises TypeError if base is not exactly an nn.Linear, ValueError if r is not an int ≥ 1.
-    Source: LoRA (arXiv 2106.09685) for A, B and s.
+    base: the nn.Linear to adapt, weight W0 (m, n), bias b (m,) or None; it is frozen, kept and never written.
+    r: rank of the update BA, an int ≥ 1. lora_alpha: a number; the update is scaled by s = lora_alpha / r.
+    A (r, n) starts Kaiming-uniform(√5), B (m, r) at zero, on W0's device. Adapter tensors are float32 on a
+    half precision base, else of the base's dtype. Each subclass adds adapted_weight(): W' (m, n), dense and
+    differentiable, in float32 or wider, the equation literally; and forward(x), the cheap path to x W'ᵀ + b,
+    for x (…, n) of the base's dtype (autocast aside) to y (…, m) of the dtype that the base would give.
+    Raises TypeError if base is not exactly an nn.Linear, ValueError if r is not an int ≥ 1, and in forward
+    if x has another width. Source: LoRA (arXiv 2106.09685) for A, B and s.
     """
 
     def __init__(self, base, r, lora_alpha):
@@ -57,9 +51,9 @@ class Adapter(torch.nn.Module):
             raise ValueError(f"r must be an int ≥ 1, got {r!r}")
         self.base = base.requires_grad_(False)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
-        self.in_features, self.out_features = n, m = base.in_features, base.out_features
-        self.A = torch.nn.Parameter(self.W0.new_empty(r, n))
-        self.B = torch.nn.Parameter(self.W0.new_zeros(m, r))
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.A = torch.nn.Parameter(self.W0.new_empty(r, self.in_features))
+        self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, r))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @property
@@ -67,10 +61,9 @@ class Adapter(torch.nn.Module):
         """The frozen weight (m, n), in float32 or wider."""
         return self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
 
-    # Code that reads a Linear's weight past its forward, as nn.TransformerEncoder does in eval mode, gets W'.
     @property
     def weight(self):
-        """W' in W0's dtype."""
+        """W' in W0's dtype, for code that reads a Linear's weight past its forward (nn.TransformerEncoder in eval)."""
         return self.adapted_weight().to(self.base.weight.dtype)
 
     @property
@@ -78,18 +71,21 @@ class Adapter(torch.nn.Module):
         """The base's bias (m,) or None."""
         return self.base.bias
 
-    def check(self, x):
-        """Raise ValueError unless x is (…, n)."""
+    def full_precision(self):
+        """A context without autocast: weights, norms and rotations keep the dtypes that are written."""
+        return torch.autocast(self.A.device.type, enabled=False)
+
+    def check_width(self, x):
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}")
+            raise ValueError(f"x must have {self.in_features} features in its last dimension, got {tuple(x.shape)}")
 
     def products(self, x):
-        """y0 = x W0ᵀ (…, m) and h = x Aᵀ (…, r): all that a cheap path takes from x (…, n)."""
-        self.check(x)
+        """y0 = W0 x (…, m) and h = A x (…, r), in the dtype that the base computes in."""
+        self.check_width(x)
         return torch.nn.functional.linear(x, self.base.weight), x @ self.A.T.to(x.dtype)
 
-    def conditioned(self, y0, d, c, M):
-        """The one kernel, y = d ∘ y0 + c Mᵀ + b, in y0's dtype; d (m,), c (…, k), M (m, k)."""
+    def kernel(self, d, y0, M, c):
+        """y = d ∘ y0 + M c + b (…, m) in y0's dtype; d (m,), y0 (…, m), M (m, k), c (…, k)."""
         # d stays in float32: bfloat16 would round 1.003 to 1 for every x.
         return (d * y0 + torch.nn.functional.linear(c, M.to(c.dtype), self.base.bias)).to(y0.dtype)
 
@@ -97,8 +93,8 @@ class Adapter(torch.nn.Module):
     def merge(self):
         """A fresh plain nn.Linear with weight W', frozen like the base; the layer and W0 stay as they are.
 
-        W' is formed in float32 or wider and cast once. Raises ValueError if an entry of it is not finite.
-        There is no unmerge: keep the layer.
+        W' is formed in float32 or wider and cast once to W0's dtype. Raises ValueError if an entry of it is
+        not finite. There is no unmerge: keep the layer.
         """
         weight = self.weight
         if not weight.isfinite().all():
@@ -120,26 +116,26 @@ class LoRALinear(Adapter):
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
 
-    @full_precision
     def adapted_weight(self):
         """W' = W0 + sBA."""
-        return self.W0 + self.scaling * self.B @ self.A
+        with self.full_precision():
+            return self.W0 + self.scaling * self.B @ self.A
 
     def forward(self, x):
-        """y = W0 x + sB (A x) + b."""
+        """y = y0 + sB h + b: the kernel at d = 1, without its product."""
         y0, h = self.products(x)
         return y0 + torch.nn.functional.linear(h, (self.scaling * self.B).to(h.dtype), self.base.bias)
 
 
 class DoRALinear(Adapter):
-    """DoRA as first written: W' = magnitude ∘ V / ‖V‖row with V = W0 + sBA, formed as a full matrix.
+    """DoRA as first written: W' = magnitude ∘ W / ‖W‖row with W = W0 + sBA, formed as a full matrix.
 
     magnitude (m,) starts at ‖W0‖row, so W' = W0 at step 0. One norm per output feature: dim=1 of a (m, n)
     weight. The DoRA paper stores the transpose and calls this column-wise; ports differ, so look twice.
-    detach_norm: no gradient through the norm, as the DoRA paper proposes in its section 4.3. The gradient
-    of V is then (magnitude/‖v‖) G, and in full (magnitude/‖v‖)(G − ⟨G, v̂⟩v̂) per row.
-    A row with V = 0 has no direction: it stays zero, in value and in gradient.
-    Other arguments and errors as in Adapter. Source: DoRA (arXiv 2402.09353).
+    detach_norm: no gradient through the norm, as the DoRA paper proposes in its section 4.3. With G the
+    gradient of W', c = magnitude / ‖w‖ and ŵ = w / ‖w‖ for a row w, that of W is then cG, and in full
+    c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩ either way. A row W = 0 has no direction: it stays zero, and
+    so does its gradient. Other arguments and errors as in Adapter. Source: DoRA (arXiv 2402.09353).
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -147,51 +143,52 @@ class DoRALinear(Adapter):
         self.detach_norm = detach_norm
         self.magnitude = torch.nn.Parameter(self.W0.square().sum(dim=1).sqrt())
 
-    def conditioner(self, squared_norm):
-        """The diagonal (m,) of 𝔇 = diag(magnitude / ‖V‖row), from ‖V‖²row (m,)."""
+    def row_scale(self, squared_norm):
+        """magnitude / ‖W‖row (m,), the diagonal of 𝔇, from ‖W‖²row (m,)."""
         norm = squared_norm.masked_fill(squared_norm == 0, math.inf).sqrt()  # 0/∞, not 0/0
         return self.magnitude / (norm.detach() if self.detach_norm else norm)
 
-    @full_precision
     def adapted_weight(self):
-        """W' = 𝔇V with V = W0 + sBA and 𝔇 = diag(magnitude / ‖V‖row)."""
-        V = self.W0 + self.scaling * self.B @ self.A
-        return self.conditioner(V.square().sum(dim=1))[:, None] * V
+        """W' = 𝔇W with W = W0 + sBA and 𝔇 = diag(magnitude / ‖W‖row)."""
+        with self.full_precision():
+            W = self.W0 + self.scaling * self.B @ self.A
+            return self.row_scale(W.square().sum(dim=1))[:, None] * W
 
     def forward(self, x):
         """y = W' x + b, with W' formed: what the matrix form does without."""
-        self.check(x)
+        self.check_width(x)
         return torch.nn.functional.linear(x, self.weight, self.base.bias)
 
 
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = 𝔇 (W0 + sBA) = 𝔇W0 + s(𝔇B)A with 𝔇 = diag(magnitude / ‖W0 + sBA‖row).
 
-    The same parameters, values and gradients as DoRALinear, without another (m, n) matrix. The norm comes
-    from thin factors; where ‖W0 + sBA‖² falls below ε (‖W0‖² + ‖sBA‖²) in a row, it has no correct digits
-    left and is held there. Arguments and errors as in DoRALinear. Source: own derivation of the norm; the
-    matrix form is the paper's.
+    The parameters of DoRALinear and, to rounding, its values and gradients, without another (m, n) matrix:
+    the norm comes from thin factors. Where a row has ‖W0 + sBA‖² below ε (‖W0‖² + ‖sBA‖²), ε that of the
+    base's dtype, no digit of that sum is right; there it is held at this floor, which has no gradient.
+    Arguments and errors as in DoRALinear. Source: the paper's abstract; the norm is own derivation.
     """
 
-    @full_precision
-    def factors(self):
-        """d (m,) and M (m, r) of y = d ∘ (W0 x) + M (A x) + b: the diagonal of 𝔇, and s𝔇B."""
-        W0, sB = self.base.weight, self.scaling * self.B
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ, row by row
-            w2 = torch.linalg.vector_norm(W0, dim=1, dtype=self.A.dtype).square()
-            cross = (sB * (W0 @ self.A.T.to(W0.dtype))).sum(dim=1)
-            u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)
-            floor = torch.finfo(W0.dtype).eps * (w2 + u2).detach()
-            squared_norm = torch.maximum(w2 + 2 * cross + u2, floor)
-        d = self.conditioner(squared_norm)
-        return d, d[:, None] * sB
+    def row_scale_and_M(self):
+        """d (m,), the diagonal of 𝔇, and M = s𝔇B (m, r)."""
+        with self.full_precision():
+            weight, sB = self.base.weight, self.scaling * self.B
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+                # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ for each row; ‖w‖² is not kept from one call to
+                # the next, as it would go stale when another base is loaded, and is a small part of the time.
+                w2 = torch.linalg.vector_norm(weight, dim=1, dtype=self.A.dtype).square()  # (m,)
+                cross = (sB * (weight @ self.A.T.to(weight.dtype))).sum(dim=1)  # (m,)
+                u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)  # (m,)
+                floor = torch.finfo(weight.dtype).eps * (w2 + u2).detach()
+                squared_norm = torch.maximum(w2 + 2 * cross + u2, floor)
+            d = self.row_scale(squared_norm)
+            return d, d[:, None] * sB
 
     def forward(self, x):
-        """y = d ∘ (W0 x) + s(d ∘ B)(A x) + b with d the diagonal of 𝔇."""
-        d, M = self.factors()
+        """y = d ∘ y0 + s(𝔇B) h + b."""
+        d, M = self.row_scale_and_M()
         y0, h = self.products(x)
-        return self.conditioned(y0, d, h, M)
+        return self.kernel(d, y0, M, h)
 
 
 class PreDiagLinear(Adapter):
@@ -206,38 +203,43 @@ class PreDiagLinear(Adapter):
         super().__init__(base, r, lora_alpha)
         self.diag = torch.nn.Parameter(torch.ones_like(self.B[:, 0]))
 
-    @full_precision
     def adapted_weight(self):
         """W' = diag(d) W0 + sBA."""
-        return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
+        with self.full_precision():
+            return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
 
     def forward(self, x):
-        """y = d ∘ (W0 x) + sB (A x) + b."""
+        """y = d ∘ y0 + sB h + b."""
         y0, h = self.products(x)
-        return self.conditioned(y0, self.diag, h, self.scaling * self.B)
+        return self.kernel(self.diag, y0, self.scaling * self.B, h)
 
 
-def rotation_factors(C, D, rotation="exp", s0=1.0):
+def rotation_factors(C, D, rotation="exp"):
     """Thin L and V, both (m, 2 r_p), of the rotation R = I + LVᵀ of P = s_P (DCᵀ − CDᵀ), without an (m, m) matrix.
 
-    With P = UVᵀ and the core Z = VᵀU, 2r_p × 2r_p:  R = I + U K Vᵀ,  L = UK,  where
-        exp:          R = e^P,                    K = φ(Z), φ(z) = (eᶻ − 1)/z
-        cayley:       R = (I − P/2)⁻¹(I + P/2),   K = (I − Z/2)⁻¹
-        first_order:  R = I + P, no rotation,     K = I
-    C, D: (m, r_p), any float dtype. s_P = min(1, s0 / (‖C‖F + ‖D‖F + 1e-6)) makes the angles of R grow
-    linearly with the factors, not quadratically; it does not bound them. Returns float64 tensors (float32
-    where the device has no float64).
+    P = UVᵀ with U = [E C], V = s_P [C −E] and E = D − C diag(τ), for any τ. With the core Z = VᵀU (2r_p, 2r_p)
+    R = I + U K Vᵀ, so L = UK, where
+        exp:          R = e^P                       K = φ(Z), φ(z) = (eᶻ − 1)/z
+        cayley:       R = (I − P/2)⁻¹(I + P/2)      K = (I − Z/2)⁻¹
+        first_order:  R = I + P, no rotation        K = I
+    C, D: (m, r_p), any float dtype. s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): once it is below 1 the angles of R
+    grow linearly with the factors, no longer quadratically; it does not bound them. Returns float64 tensors,
+    float32 where the device has no float64. Raises ValueError for another rotation.
     Source: P and s_P from the authors' code; the thin exact R is own derivation.
     """
-    C, D = (factor.to(torch.float32 if C.device.type == "mps" else torch.float64) for factor in (C, D))
-    s_P = (s0 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
-    E = D - C  # ECᵀ − CEᵀ is the same P, without the cancellation of DCᵀ − CDᵀ where D is near C
+    dtype = torch.float32 if C.device.type == "mps" else torch.float64
+    C, D = C.to(dtype), D.to(dtype)
+    s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
+    # What a column of D has along its column of C drops out of P. Taken off first it cannot cancel later, and
+    # D = C, the start, gives τ = 1, E = 0 and P = 0 exactly.
+    tau = (C * D).detach().sum(dim=0) / C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
+    E = D - C * tau
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U
-    I = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
+    I = torch.eye(len(Z), dtype=dtype, device=Z.device)
     if rotation == "exp":  # exp([[Z, I], [0, 0]]) = [[e^Z, φ(Z)], [0, I]]
-        block = torch.cat([torch.cat([Z, I], dim=1), torch.zeros_like(torch.cat([Z, I], dim=1))])
-        K = torch.linalg.matrix_exp(block)[:len(Z), len(Z):]
+        top = torch.cat([Z, I], dim=1)
+        K = torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)]))[:len(Z), len(Z):]
     elif rotation == "cayley":  # never singular, as Z has P's imaginary spectrum; inv_ex: no wait for the GPU
         K = torch.linalg.inv_ex(I - Z / 2).inverse
     elif rotation == "first_order":
@@ -261,7 +263,7 @@ class SORALinear(Adapter):
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
         if type(r_p) is not int or r_p < 1:
             raise ValueError(f"r_p must be an int ≥ 1, got {r_p!r}")
-        rotation_factors(torch.ones(1, 1), torch.ones(1, 1), rotation)  # raises if there is no such rotation
+        rotation_factors(torch.ones(1, 1), torch.ones(1, 1), rotation)  # refuse an unknown one before base is frozen
         super().__init__(base, r, lora_alpha)
         self.r_p, self.rotation = r_p, rotation
         bound = 1 / math.sqrt(self.out_features)
@@ -269,33 +271,33 @@ class SORALinear(Adapter):
         self.C = torch.nn.Parameter(self.B.new_empty(self.out_features, r_p).uniform_(-bound, bound))
         self.D = torch.nn.Parameter(self.C.detach().clone())
 
-    @full_precision
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
-        L, V = rotation_factors(self.C, self.D, self.rotation)
-        return (torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T).to(self.W0.dtype)
+        with self.full_precision():
+            L, V = rotation_factors(self.C, self.D, self.rotation)
+            return (torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T).to(self.W0.dtype)
 
-    @full_precision
     def adapted_weight(self):
         """W' = R (diag(d) W0 + sBA)."""
-        return self.rotation_matrix() @ (self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A)
+        with self.full_precision():
+            return self.rotation_matrix() @ (self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A)
 
-    @full_precision
-    def factors(self):
+    def thin_factors(self):
         """M = [sB L] (m, r + 2r_p), and d ∘ V (m, 2r_p) and (sB)ᵀV (r, 2r_p), which take y0 and h to t."""
-        L, V = (factor.to(self.A.dtype) for factor in rotation_factors(self.C, self.D, self.rotation))
-        sB = self.scaling * self.B
-        return torch.cat([sB, L], dim=1), self.diag[:, None] * V, sB.T @ V
+        with self.full_precision():
+            L, V = (factor.to(self.A.dtype) for factor in rotation_factors(self.C, self.D, self.rotation))
+            sB = self.scaling * self.B
+            return torch.cat([sB, L], dim=1), self.diag[:, None] * V, sB.T @ V
 
     def forward(self, x):
-        """y = R (d ∘ y0 + sB h) + b = d ∘ y0 + [sB L] [h; t] + b with y0 = W0 x, h = A x, t = Vᵀ(d ∘ y0 + sB h).
+        """y = R (d ∘ y0 + sB h) + b = d ∘ y0 + [sB L] [h; t] + b with t = Vᵀ(d ∘ y0 + sB h).
 
         A LoRA of rank r + 2r_p: autograd keeps y0, h and t, no second (…, m) activation.
         """
-        M, dV, BV = self.factors()
+        M, dV, sBV = self.thin_factors()
         y0, h = self.products(x)
-        t = y0 @ dV.to(y0.dtype) + h @ BV.to(h.dtype)  # Vᵀ(d ∘ y0 + sB h) = (d ∘ V)ᵀ y0 + (VᵀsB) h
-        return self.conditioned(y0, self.diag, torch.cat([h, t], dim=-1), M)
+        t = y0 @ dV.to(y0.dtype) + h @ sBV.to(h.dtype)  # Vᵀ(d ∘ y0 + sB h) = (d ∘ V)ᵀ y0 + (VᵀsB) h
+        return self.kernel(self.diag, y0, M, torch.cat([h, t], dim=-1))
 
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLinear,
@@ -320,30 +322,31 @@ def replace_modules(model, new):
 def adapt(model, method, target_modules, **kwargs):
     """Freeze model, then wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS. target_modules: names, or one name; as in Hugging Face PEFT a name matches
-    the modules whose dotted name equals it or ends in "." + it. kwargs go to the layer: r, lora_alpha, ….
-    A linear used at several places is wrapped once and stays shared. Adapters already there train on.
+    method: a key of METHODS. target_modules: names, or one name (never a regular expression); as in Hugging
+    Face PEFT a name matches the modules whose dotted name equals it or ends in "." + it. kwargs go to the
+    layer: r, lora_alpha, …. A linear used at several places is wrapped once and stays shared. Adapters
+    already there keep their requires_grad.
     Raises ValueError for an unknown method, a name that matches nothing or one that is adapted already,
     TypeError for a target that is no plain nn.Linear, and what the layer raises. model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     bases = {layer.base for layer in model.modules() if isinstance(layer, Adapter)}
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if m not in bases}
-    matches = {t: [name for name in modules if ("." + name).endswith("." + t)] for t in names}
-    if not names or not all(matches.values()):
-        wrong = [t for t in names if not matches[t]]
-        linears = sorted({name.rpartition(".")[2] for name, m in modules.items() if type(m) is torch.nn.Linear})
-        raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {linears}")
-    targets = {}  # a dict, as an ordered set
-    for name in sum(matches.values(), []):
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if module not in bases}
+    matches = {target: [name for name in modules if ("." + name).endswith("." + target)] for target in targets}
+    if not targets or not all(matches.values()):
+        wrong = [target for target in targets if not matches[target]]
+        there = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) is torch.nn.Linear})
+        raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {there}")
+    linears = {}  # a dict, as an ordered set
+    for name in sum(matches.values(), []):  # all of them, before the first base is frozen
         if isinstance(modules[name], Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
         if type(modules[name]) is not torch.nn.Linear:
             raise TypeError(f"{name} must be a plain nn.Linear, got {type(modules[name]).__name__}")
-        targets[modules[name]] = None
-    new = {linear: METHODS[method](linear, **kwargs) for linear in targets}
+        linears[modules[name]] = None
+    new = {linear: METHODS[method](linear, **kwargs) for linear in linears}
     trained = {id(p) for p in adapter_parameters(model).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained and p.requires_grad)
@@ -359,16 +362,16 @@ def merge_adapters(model):
 
 
 def adapter_state_dict(model):
-    """{name: copy} of the adapter tensors alone: a few kilobytes to save, or a snapshot to return to."""
+    """{name: copy} of the adapter tensors alone: small to save, or a snapshot to return to."""
     return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy a state from adapter_state_dict into model, adapted alike (same method, targets, r and lora_alpha).
+    """Copy a state from adapter_state_dict into model: the same base weights, adapted with the same arguments.
 
-    Raises ValueError that lists every missing, unexpected, misshapen or non-finite tensor; model is then
-    unchanged. lora_alpha and rotation are not in the state: keep them with it.
+    The state holds neither (lora_alpha and rotation least of all): keep them with it. Raises ValueError that
+    lists every missing, unexpected, misshapen or non-finite tensor; model is then unchanged.
     """
     own = adapter_parameters(model)
     wrong = [f"missing {name}" for name in own if name not in state]
