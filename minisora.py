@@ -34,27 +34,39 @@ class Adapter(torch.nn.Module):
     """What the five layers share: the frozen `base`, A and B, and the way back to a plain nn.Linear.
 
     base: the nn.Linear to adapt, weight W0 (m, n), bias b (m,) or None; it is frozen, kept and never written.
-    r: rank of the update BA, an int ≥ 1. lora_alpha: a number; the update is scaled by s = lora_alpha / r.
+    r: rank of the update BA, an int ≥ 1. lora_alpha: the update is scaled by s = lora_alpha / r.
     A (r, n) starts Kaiming-uniform(√5), B (m, r) at zero, on W0's device. Adapter tensors are float32 on a
     half precision base, else of the base's dtype. Each subclass adds adapted_weight(): W' (m, n), dense and
     differentiable, in float32 or wider, the equation literally; and forward(x), the cheap path to x W'ᵀ + b,
     for x (…, n) of the base's dtype (autocast aside) to y (…, m) of the dtype that the base would give.
-    Raises TypeError if base is not exactly an nn.Linear, ValueError if r is not an int ≥ 1, and in forward
-    if x has another width. Source: LoRA (arXiv 2106.09685) for A, B and s.
+    Raises TypeError for a base that is no plain nn.Linear, ValueError if r is not an int ≥ 1 or lora_alpha not
+    finite; in forward ValueError if x has another width, TypeError if it is nested.
+    Source: LoRA (arXiv 2106.09685) for A, B and s.
     """
 
     def __init__(self, base, r, lora_alpha):
         super().__init__()
-        if type(base) is not torch.nn.Linear:  # a subclass may use its weight in ways of its own
-            raise TypeError(f"{type(self).__name__} adapts a plain nn.Linear, got {type(base).__name__}")
+        self.refuse(base)
         if type(r) is not int or r < 1:
             raise ValueError(f"r must be an int ≥ 1, got {r!r}")
-        self.base = base.requires_grad_(False)
+        if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        self.base = base
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.in_features, self.out_features = base.in_features, base.out_features
         self.A = torch.nn.Parameter(self.W0.new_empty(r, self.in_features))
         self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, r))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.train(base.training)
+        base.requires_grad_(False)  # last: a layer that fails leaves its base as it was
+
+    @staticmethod
+    def refuse(base, name="base"):
+        """Raise TypeError unless base is exactly an nn.Linear: a subclass may use its weight in ways of its own."""
+        if type(base) is not torch.nn.Linear:
+            raise TypeError(f"{name} must be a plain nn.Linear, got {type(base).__name__}")
+        if "weight" not in base._parameters:
+            raise TypeError(f"{name} must be a plain nn.Linear, its weight is computed (weight_norm, pruning)")
 
     @property
     def W0(self):
@@ -76,6 +88,8 @@ class Adapter(torch.nn.Module):
         return torch.autocast(self.A.device.type, enabled=False)
 
     def check_width(self, x):
+        if x.is_nested:
+            raise TypeError("x must not be a nested tensor (nn.TransformerEncoder: pass enable_nested_tensor=False)")
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must have {self.in_features} features in its last dimension, got {tuple(x.shape)}")
 
@@ -164,8 +178,8 @@ class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = 𝔇 (W0 + sBA) = 𝔇W0 + s(𝔇B)A with 𝔇 = diag(magnitude / ‖W0 + sBA‖row).
 
     The parameters of DoRALinear and, to rounding, its values and gradients, without another (m, n) matrix:
-    the norm comes from thin factors. Where a row has ‖W0 + sBA‖² below ε (‖W0‖² + ‖sBA‖²), ε that of the
-    base's dtype, no digit of that sum is right; there it is held at this floor, which has no gradient.
+    the norm comes from thin factors. Where a row has ‖W0 + sBA‖² below ε‖W0‖², ε that of the base's dtype,
+    no digit of that sum is right; there it is held at this floor, which has no gradient.
     Arguments and errors as in DoRALinear. Source: the paper's abstract; the norm is own derivation.
     """
 
@@ -173,15 +187,12 @@ class DoRAMatrixLinear(DoRALinear):
         """d (m,), the diagonal of 𝔇, and M = s𝔇B (m, r)."""
         with self.full_precision():
             weight, sB = self.base.weight, self.scaling * self.B
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-                # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ for each row; ‖w‖² is not kept from one call to
-                # the next, as it would go stale when another base is loaded, and is a small part of the time.
-                w2 = torch.linalg.vector_norm(weight, dim=1, dtype=self.A.dtype).square()  # (m,)
-                cross = (sB * (weight @ self.A.T.to(weight.dtype))).sum(dim=1)  # (m,)
-                u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)  # (m,)
-                floor = torch.finfo(weight.dtype).eps * (w2 + u2).detach()
-                squared_norm = torch.maximum(w2 + 2 * cross + u2, floor)
-            d = self.row_scale(squared_norm)
+            # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ, row by row, each term (m,). ‖w‖² is not kept from one
+            # call to the next: it would go stale when another base is loaded, and it is a small part of the time.
+            w2 = torch.linalg.vector_norm(weight, dim=1, dtype=self.A.dtype).square()
+            cross = (sB * (weight @ self.A.T.to(weight.dtype))).sum(dim=1)
+            u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)
+            d = self.row_scale(torch.maximum(w2 + 2 * cross + u2, torch.finfo(weight.dtype).eps * w2))
             return d, d[:, None] * sB
 
     def forward(self, x):
@@ -339,14 +350,12 @@ def adapt(model, method, target_modules, **kwargs):
         wrong = [target for target in targets if not matches[target]]
         there = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) is torch.nn.Linear})
         raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {there}")
-    linears = {}  # a dict, as an ordered set
-    for name in sum(matches.values(), []):  # all of them, before the first base is frozen
-        if isinstance(modules[name], Adapter):
+    matched = {name: module for name, module in modules.items() if any(name in names for names in matches.values())}
+    for name, module in matched.items():
+        if isinstance(module, Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
-        if type(modules[name]) is not torch.nn.Linear:
-            raise TypeError(f"{name} must be a plain nn.Linear, got {type(modules[name]).__name__}")
-        linears[modules[name]] = None
-    new = {linear: METHODS[method](linear, **kwargs) for linear in linears}
+        Adapter.refuse(module, name)  # all of them, before the first is frozen
+    new = {linear: METHODS[method](linear, **kwargs) for linear in dict.fromkeys(matched.values())}
     trained = {id(p) for p in adapter_parameters(model).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained and p.requires_grad)
@@ -356,9 +365,16 @@ def adapt(model, method, target_modules, **kwargs):
 def merge_adapters(model):
     """Replace every adapter in model by its merge(), in place; returns model (or the merged layer, if model is one).
 
-    Raises ValueError if an adapted weight is not finite; model is then unchanged.
+    Raises ValueError, with the layer's name, if an adapted weight is not finite; model is then unchanged.
     """
-    return replace_modules(model, {layer: layer.merge() for layer in model.modules() if isinstance(layer, Adapter)})
+    new = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapter):
+            try:
+                new[layer] = layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return replace_modules(model, new)
 
 
 def adapter_state_dict(model):
@@ -373,20 +389,28 @@ def load_adapter_state_dict(model, state):
     The state holds neither (lora_alpha and rotation least of all): keep them with it. Raises ValueError that
     lists every missing, unexpected, misshapen or non-finite tensor; model is then unchanged.
     """
-    own = adapter_parameters(model)
+    own, ready = adapter_parameters(model), {}
     wrong = [f"missing {name}" for name in own if name not in state]
     for name, tensor in state.items():
         if name not in own:
             wrong.append(f"unexpected {name}")
-        elif not torch.is_tensor(tensor) or tensor.shape != own[name].shape:
-            shape = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
-            wrong.append(f"{name} must be a tensor of shape {tuple(own[name].shape)}, got {shape}")
-        elif not tensor.isfinite().all():
-            wrong.append(f"non-finite {name}")
+        elif not torch.is_tensor(tensor) or not tensor.is_floating_point() or tensor.shape != own[name].shape:
+            got = f"{tuple(tensor.shape)}, {tensor.dtype}" if torch.is_tensor(tensor) else type(tensor).__name__
+            wrong.append(f"{name} must be a floating-point tensor of shape {tuple(own[name].shape)}, got {got}")
+        else:
+            ready[name] = tensor.to(own[name], copy=True)  # a copy, should state hold model's own tensors
+            if not ready[name].isfinite().all():
+                wrong.append(f"non-finite {name}")
     if wrong:
         raise ValueError("adapter state does not fit: " + "; ".join(wrong))
-    for name, p in own.items():
-        p.copy_(state[name])
+    for name, tensor in ready.items():
+        own[name].copy_(tensor)
+
+
+def relative_singular_values(delta):
+    """σ_i / σ_1 of delta (…, m, n), all 0 for delta = 0; so scaled, no sum of them can overflow."""
+    S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
+    return S / S[..., :1].masked_fill(S[..., :1] == 0, 1)
 
 
 def singular_value_entropy(delta):
@@ -394,12 +418,12 @@ def singular_value_entropy(delta):
 
     Its exponential is the effective rank of Roy and Vetterli (2007), between 1 and the rank: an update of
     rank r has at most log r. This normalisation is our choice, the paper's was not available. 0 for delta = 0.
+    Take W' − W0 of a small update in float64: in float32 the rounding of W' adds a little of every rank.
     """
-    S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
-    return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)).sum(dim=-1)
+    S = relative_singular_values(delta)
+    return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)
 
 
 def stable_rank(delta):
     """‖delta‖²F / ‖delta‖²₂ = Σ σ_i² / σ_1², between 1 and the rank, of delta (…, m, n). 0 for delta = 0."""
-    S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
-    return (S / S[..., :1].clamp(min=torch.finfo(S.dtype).tiny)).square().sum(dim=-1)
+    return relative_singular_values(delta).square().sum(dim=-1)
