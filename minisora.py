@@ -12,14 +12,16 @@ stands and what it is span a grid:
     diagonal     diag(d) W0 + sBA   Pre-Diag     𝔇 (W0 + sBA)           DoRA
     rotation                                     R (diag(d) W0 + sBA)   SORA
 
-A diagonal passes through the sum, 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A, so that no layer but the original DoRA needs
-another (m, n) matrix: y = d ∘ y0 + M c + b with y0 = W0 x, h = A x, and
+A diagonal passes through the sum, 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A, and a rotation R = I + LVᵀ of thin L and V adds
+to the rank, so that no layer but the original DoRA needs another (m, n) matrix: y = d ∘ (W0 x) + up (down x) + b,
 
-    LoRA  d = 1, M = sB, c = h             DoRA  d = diagonal of 𝔇, M = s𝔇B, c = h
-    Pre-Diag  d = diag, M = sB, c = h      SORA  d = diag, M = [sB L], c = [h; t], t = Vᵀ(d ∘ y0 + sBh)
+    LoRA       d = 1               up = sB                 down = A
+    DoRA       d = diagonal of 𝔇   up = s𝔇B                down = A
+    Pre-Diag   d = diag            up = sB                 down = A
+    SORA       d = diag            up = [sB L]             down = [A; Vᵀ(diag(d) W0 + sBA)]
 
 Letters: A (r, n), B (m, r), s = lora_alpha / r, magnitude and diag (m,), skew factors C and D (m, r_p), P skew-
-symmetric, R = I + LVᵀ its rotation (m, m). The bias b is never conditioned, and W' = W0 at step 0.
+symmetric, R its rotation (m, m). The bias b is never conditioned, and W' = W0 at step 0.
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
     ...                        # train as usual: only the adapters have requires_grad
@@ -93,15 +95,16 @@ class Adapter(torch.nn.Module):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must have {self.in_features} features in its last dimension, got {tuple(x.shape)}")
 
-    def products(self, x):
-        """y0 = W0 x (…, m) and h = A x (…, r), in the dtype that the base computes in."""
+    def low_rank(self, x, up, down):
+        """y0 = W0 x and up (down x) + b, both (…, m); up (m, k) and down (k, n) in the dtype the base computes in."""
         self.check_width(x)
-        return torch.nn.functional.linear(x, self.base.weight), x @ self.A.T.to(x.dtype)
+        linear, h = torch.nn.functional.linear, x @ down.T.to(x.dtype)  # h (…, k)
+        return linear(x, self.base.weight), linear(h, up.to(h.dtype), self.base.bias)
 
-    def kernel(self, d, y0, M, c):
-        """y = d ∘ y0 + M c + b (…, m) in y0's dtype; d (m,), y0 (…, m), M (m, k), c (…, k)."""
-        # d stays in float32: bfloat16 would round 1.003 to 1 for every x.
-        return (d * y0 + torch.nn.functional.linear(c, M.to(c.dtype), self.base.bias)).to(y0.dtype)
+    def kernel(self, x, d, up, down):
+        """y = d ∘ (W0 x) + up (down x) + b (…, m); d (m,), up (m, k), down (k, n)."""
+        y0, update = self.low_rank(x, up, down)
+        return (d * y0 + update).to(y0.dtype)  # d stays in float32: bfloat16 would round 1.003 to 1 for every x
 
     @torch.no_grad()
     def merge(self):
@@ -136,9 +139,9 @@ class LoRALinear(Adapter):
             return self.W0 + self.scaling * self.B @ self.A
 
     def forward(self, x):
-        """y = y0 + sB h + b: the kernel at d = 1, without its product."""
-        y0, h = self.products(x)
-        return y0 + torch.nn.functional.linear(h, (self.scaling * self.B).to(h.dtype), self.base.bias)
+        """y = W0 x + sB (A x) + b: the kernel at d = 1, without its product."""
+        y0, update = self.low_rank(x, self.scaling * self.B, self.A)
+        return y0 + update
 
 
 class DoRALinear(Adapter):
@@ -183,23 +186,22 @@ class DoRAMatrixLinear(DoRALinear):
     Arguments and errors as in DoRALinear. Source: the paper's abstract; the norm is own derivation.
     """
 
-    def row_scale_and_M(self):
-        """d (m,), the diagonal of 𝔇, and M = s𝔇B (m, r)."""
+    def thin_row_scale(self):
+        """The diagonal of 𝔇 (m,), from thin factors."""
         with self.full_precision():
-            weight, sB = self.base.weight, self.scaling * self.B
+            A, B = (self.A.detach(), self.B.detach()) if self.detach_norm else (self.A, self.B)  # keep no graph in vain
+            weight, sB = self.base.weight, self.scaling * B
             # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ, row by row, each term (m,). ‖w‖² is not kept from one
             # call to the next: it would go stale when another base is loaded, and it is a small part of the time.
-            w2 = torch.linalg.vector_norm(weight, dim=1, dtype=self.A.dtype).square()
-            cross = (sB * (weight @ self.A.T.to(weight.dtype))).sum(dim=1)
-            u2 = (sB @ (self.A @ self.A.T) * sB).sum(dim=1)
-            d = self.row_scale(torch.maximum(w2 + 2 * cross + u2, torch.finfo(weight.dtype).eps * w2))
-            return d, d[:, None] * sB
+            w2 = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype).square()
+            cross = (sB * (weight @ A.T.to(weight.dtype))).sum(dim=1)
+            u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
+            return self.row_scale(torch.maximum(w2 + 2 * cross + u2, torch.finfo(weight.dtype).eps * w2))
 
     def forward(self, x):
-        """y = d ∘ y0 + s(𝔇B) h + b."""
-        d, M = self.row_scale_and_M()
-        y0, h = self.products(x)
-        return self.kernel(d, y0, M, h)
+        """y = d ∘ (W0 x) + s(d ∘ B)(A x) + b with d the diagonal of 𝔇."""
+        d = self.thin_row_scale()
+        return self.kernel(x, d, d[:, None] * (self.scaling * self.B), self.A)
 
 
 class PreDiagLinear(Adapter):
@@ -220,9 +222,8 @@ class PreDiagLinear(Adapter):
             return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
 
     def forward(self, x):
-        """y = d ∘ y0 + sB h + b."""
-        y0, h = self.products(x)
-        return self.kernel(self.diag, y0, self.scaling * self.B, h)
+        """y = d ∘ (W0 x) + sB (A x) + b."""
+        return self.kernel(x, self.diag, self.scaling * self.B, self.A)
 
 
 def rotation_factors(C, D, rotation="exp"):
@@ -293,22 +294,17 @@ class SORALinear(Adapter):
         with self.full_precision():
             return self.rotation_matrix() @ (self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A)
 
-    def thin_factors(self):
-        """M = [sB L] (m, r + 2r_p), and d ∘ V (m, 2r_p) and (sB)ᵀV (r, 2r_p), which take y0 and h to t."""
+    def up_and_down(self):
+        """[sB L] (m, r + 2r_p) and [A; VᵀM] (r + 2r_p, n) with M = diag(d) W0 + sBA."""
         with self.full_precision():
             L, V = (factor.to(self.A.dtype) for factor in rotation_factors(self.C, self.D, self.rotation))
-            sB = self.scaling * self.B
-            return torch.cat([sB, L], dim=1), self.diag[:, None] * V, sB.T @ V
+            weight, sB = self.base.weight, self.scaling * self.B
+            VM = (self.diag[:, None] * V).T.to(weight.dtype) @ weight + (V.T @ sB) @ self.A  # (2r_p, n), no (m, n)
+            return torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
 
     def forward(self, x):
-        """y = R (d ∘ y0 + sB h) + b = d ∘ y0 + [sB L] [h; t] + b with t = Vᵀ(d ∘ y0 + sB h).
-
-        A LoRA of rank r + 2r_p: autograd keeps y0, h and t, no second (…, m) activation.
-        """
-        M, dV, sBV = self.thin_factors()
-        y0, h = self.products(x)
-        t = y0 @ dV.to(y0.dtype) + h @ sBV.to(h.dtype)  # Vᵀ(d ∘ y0 + sB h) = (d ∘ V)ᵀ y0 + (VᵀsB) h
-        return self.kernel(self.diag, y0, M, torch.cat([h, t], dim=-1))
+        """y = (I + LVᵀ) M x + b = d ∘ (W0 x) + [sB L] ([A; VᵀM] x) + b: a Pre-Diag of rank r + 2r_p."""
+        return self.kernel(x, self.diag, *self.up_and_down())
 
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLinear,

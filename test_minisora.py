@@ -398,7 +398,7 @@ def test_autocast(kind, device, half_x, data):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_dora_matrix_scale_on_a_half_precision_base_is_1_at_step_0_to_float32_accuracy(half):
     layer = make("dora_matrix", m=9, n=33, dtype=half, trained=False)
-    assert_close(layer.row_scale_and_M()[0], np.ones(9), 1, 33)
+    assert_close(layer.thin_row_scale(), np.ones(9), 1, 33)
 
 
 def test_bfloat16_does_not_round_a_small_diagonal_step_away():
@@ -1154,10 +1154,11 @@ def test_the_price_in_floating_point_operations_and_in_bytes_kept():
     assert count["lora"] == count["pre_diag"] == count["linear"] + 3 * 2 * T * r * (d + d)
     assert count["dora_matrix"] == count["lora"] + 2 * (d * d * r + d * r * r + d * r * r)  # and the norm, W0Aᵀ first
     assert count["dora"] == 1.5 * count["linear"] + 3 * 2 * d * d * r  # W' formed, and its (m, n) gradient
-    thin = 3 * (2 * T * q * (d + d + r) + 2 * d * q * (q + q + r))  # t from y0 and h, L t; and VᵀU, UK, (sB)ᵀV
-    assert all(count["lora"] < count[f"sora {kind}"] <= count["lora"] + 1.01 * thin for kind in ("exp", "cayley", "first_order"))
+    # Of rank r + q, and (d ∘ V)ᵀW0 with its gradient; the rest has no dimension of T and only one of d.
+    sora = count["linear"] + 3 * 2 * T * (r + q) * (d + d) + 2 * 2 * d * d * q
+    assert all(sora < count[f"sora {kind}"] < 1.001 * sora for kind in ("exp", "cayley", "first_order"))
     assert kept["linear"] == 0 and kept["lora"] <= 0.05
-    assert kept["pre_diag"] <= 1.05 and kept["dora_matrix"] <= 1.05
+    assert kept["pre_diag"] <= 1.03 and kept["dora_matrix"] <= 1.035  # a detached norm keeps nothing
     assert all(1 <= kept[f"sora {kind}"] <= 1.15 for kind in ("exp", "cayley", "first_order"))
     assert kept["dora"] > 2 * d / T  # W0 + sBA and W', each (m, n)
     with torch.no_grad():
