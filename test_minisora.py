@@ -553,20 +553,24 @@ def test_dora_matrix_norm_where_the_sum_nearly_vanishes(dtype, digits, device):
     """
     if digits * torch.finfo(dtype).eps > 0.5:
         return
-    dense = make("dora", m=3, n=8, r=1, alpha=1, dtype=dtype, device=device, trained=False, bias=False)
     eps = torch.finfo(dtype).eps
     delta = math.sqrt(digits * eps)
-    with torch.no_grad():
-        dense.A.copy_(dense.base.weight[1:2])
-        dense.B[1] = delta - 1
-    matrix = DoRAMatrixLinear(dense.base, 1, 1)
-    matrix.load_state_dict(dense.state_dict())
-    x = inputs(dense, 64)
-    length = np.linalg.norm(array(x), axis=1) * array(dense.magnitude)[1]
-    if digits > 10:
-        assert (np.abs(array(matrix(x))[:, 1] - array(dense(x))[:, 1]) <= 8 * eps / delta**2 * length + eps * length).all()
-    assert (np.abs(array(matrix(x))[:, 1]) <= 2 * length).all()
-    assert_close(matrix(x)[:, [0, 2]], array(dense(x))[:, [0, 2]], length.max() * 4, 32)
+    for seed in range(10):
+        dense = make("dora", m=3, n=8, r=1, alpha=1, dtype=dtype, device=device, trained=False, bias=False, seed=seed)
+        with torch.no_grad():
+            dense.A.copy_(dense.base.weight[1:2])
+            dense.B[1] = delta - 1
+        matrix = DoRAMatrixLinear(dense.base, 1, 1)
+        matrix.load_state_dict(dense.state_dict())
+        x, magnitude = inputs(dense, 64), array(dense.magnitude)[1]
+        length = np.linalg.norm(array(x), axis=1) * magnitude
+        if digits > 10:
+            error = np.abs(array(matrix(x))[:, 1] - array(dense(x))[:, 1])
+            assert (error <= 8 * eps / delta**2 * length + eps * length).all()
+        assert (np.abs(array(matrix(x))[:, 1]) <= 2 * length).all()
+        longest = magnitude / np.linalg.norm(array(dense.base.weight)[1]) / math.sqrt(eps)
+        assert 0 < array(matrix.thin_row_scale())[1] <= 1.001 * longest
+        assert_close(matrix(x)[:, [0, 2]], array(dense(x))[:, [0, 2]], length.max() * 4, 32)
 
 
 @every_device

@@ -253,7 +253,7 @@ def report(records, before, parameters, args):
         "before": f"{before:.4f}", "bits/byte": spread(of(name, "bpb")), "− lora": minus(name, "lora") if "lora" in have else "",
         "merged": spread(of(name, "merged_bpb")), "ms/step": spread(of(name, "ms_per_step"), ".1f"),
         "entropy": spread(of(name, "entropy"), ".2f"), "stable rank": spread(of(name, "stable_rank"), ".2f"),
-        "|RᵀR − I|": f"{max(of(name, 'orthogonality')):.1e}" if of(name, "theta")[0] else ""} for name in args.methods])
+        "‖RᵀR − I‖max": f"{max(of(name, 'orthogonality')):.1e}" if of(name, "theta")[0] else ""} for name in args.methods])
     curves = {name: curve(of(name, "losses")[0]) for name in args.methods}
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     print(f"\ntraining loss of the first seed, █ {high:.2f} to ▁ {low:.2f} nats a byte")
