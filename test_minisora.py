@@ -1045,7 +1045,7 @@ def test_a_refused_layer_leaves_its_base_trainable():
 @every_kind
 def test_x_of_the_wrong_width_is_refused_with_both_widths(kind):
     layer = make(kind)
-    for x in (torch.zeros(4, 6).double(), torch.tensor(1.0).double(), torch.zeros(7, 4).double()):
+    for x in (torch.zeros(4, 6).double(), torch.tensor(1.0).double(), torch.zeros(7, 8).double()):
         with pytest.raises(ValueError, match=f"7 features in its last dimension, got {tuple(x.shape)}".replace(
                 "(", r"\(").replace(")", r"\)")):
             layer(x)
@@ -1066,6 +1066,7 @@ BAD_CALLS = {
     "unexpected": (lambda net: load(net, extra=torch.zeros(1)), ValueError, "unexpected extra"),
     "misshapen": (lambda net: load(net, **{"1.q_proj.A": torch.zeros(2, 6)}), ValueError,
                   "1.q_proj.A must be a floating-point tensor of shape (8, 6), got (2, 6), torch.float32"),
+    "too long": (lambda net: load(net, **{"1.q_proj.A": torch.zeros(9, 6)}), ValueError, "of shape (8, 6), got (9, 6)"),
     "complex": (lambda net: load(net, **{"1.q_proj.A": torch.zeros(8, 6, dtype=torch.complex64)}), ValueError,
                 "1.q_proj.A must be a floating-point tensor of shape (8, 6), got (8, 6), torch.complex64"),
     "too large for float32": (lambda net: load(net, **{"1.q_proj.A": torch.full((8, 6), 1e300, dtype=torch.float64)}),
