@@ -2,30 +2,29 @@
 """minisora: weight conditioning for fine-tuning, small enough to read in one sitting.
 
 After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT*
-(arXiv 2511.00051, AAAI 2026), https://arxiv.org/abs/2511.00051.
+(arXiv 2511.00051, AAAI 2026). A frozen weight W0 gets a low-rank update sBA and a conditioning
+matrix. The methods differ in what this matrix is, and in whether it acts before or after the
+update: on W0 alone, or on the sum.
 
-A frozen weight W0 (m, n) gets a low-rank update sBA and a conditioning matrix. Where that matrix
-stands and what it is span a grid:
+                before                         after
+    identity    W0 + sBA           LoRA        W0 + sBA               LoRA
+    diagonal    diag(d) W0 + sBA   Pre-Diag    diag(c) (W0 + sBA)     DoRA
+    rotation    R W0 + sBA         (open)      R (diag(d) W0 + sBA)   SORA
 
-                 before the update, on W0        after it, on the sum
-    identity     W0 + sBA           LoRA         (the same)
-    diagonal     diag(d) W0 + sBA   Pre-Diag     𝔇 (W0 + sBA)           DoRA
-    rotation                                     R (diag(d) W0 + sBA)   SORA
+    W0 (m, n)            frozen weight of a linear layer y = x W'ᵀ + b; b is never conditioned
+    A (r, n), B (m, r)   low-rank factors; s = lora_alpha / r
+    diag (m,)            d
+    magnitude (m,)       c = magnitude / ‖W0 + sBA‖, with a norm for each row
+    C, D (m, r_p)        factors of a skew-symmetric P (m, m), whose rotation is R = I + LVᵀ
 
-A diagonal passes through the sum, 𝔇(W0 + sBA) = 𝔇W0 + s(𝔇B)A, and a rotation R = I + LVᵀ of thin L and V adds
-to the rank, so that no layer but the original DoRA needs another (m, n) matrix: y = d ∘ (W0 x) + up (down x) + b,
+All of them are W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), computed as
 
-    LoRA       d = 1               up = sB                 down = A
-    DoRA       d = diagonal of 𝔇   up = s𝔇B                down = A
-    Pre-Diag   d = diag            up = sB                 down = A
-    SORA       d = diag            up = [sB L]             down = [A; Vᵀ(diag(d) W0 + sBA)]
-
-Letters: A (r, n), B (m, r), s = lora_alpha / r, magnitude and diag (m,), skew factors C and D (m, r_p), P skew-
-symmetric, R its rotation (m, m). The bias b is never conditioned, and W' = W0 at step 0.
+    y = d ∘ (W0 x) + up (down x) + b
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
-    ...                        # train as usual: only the adapters have requires_grad
-    model = merge_adapters(model)
+    ...                                # train: only the adapters have requires_grad
+    state = adapter_state_dict(model)  # all that training changed
+    model = merge_adapters(model)      # plain nn.Linears again
 """
 import math
 
@@ -33,42 +32,60 @@ import torch
 
 
 class Adapter(torch.nn.Module):
-    """What the five layers share: the frozen `base`, A and B, and the way back to a plain nn.Linear.
+    """What the methods share: the frozen nn.Linear `base`, A, B, the forward and the merge.
 
-    base: the nn.Linear to adapt, weight W0 (m, n), bias b (m,) or None; it is frozen, kept and never written.
-    r: rank of the update BA, an int ≥ 1. lora_alpha: the update is scaled by s = lora_alpha / r.
-    A (r, n) starts Kaiming-uniform(√5), B (m, r) at zero, on W0's device. Adapter tensors are float32 on a
-    half precision base, else of the base's dtype. Each subclass adds adapted_weight(): W' (m, n), dense and
-    differentiable, in float32 or wider, the equation literally; and forward(x), the cheap path to x W'ᵀ + b,
-    for x (…, n) of the base's dtype (autocast aside) to y (…, m) of the dtype that the base would give.
-    Raises TypeError for a base that is no plain nn.Linear, ValueError if r is not an int ≥ 1 or lora_alpha not
-    finite; in forward ValueError if x has another width, TypeError if it is nested.
-    Source: LoRA (arXiv 2106.09685) for A, B and s.
+    To add a method: check your own arguments, call super().__init__, make your parameters and
+    write dense(), the equation W' (m, n). With an entry in METHODS it is right, saved and merged.
+    thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
+
+    Parameters, norms, rotations and W' have W0's dtype, float32 on a half precision base, also
+    under autocast. Products with x, and y, have the dtype that the base would give them.
+    base weights loaded later leave DoRA's magnitude stale: load them first. A starts
+    Kaiming-uniform(√5) as in loralib, B at zero, and every method with W' = W0.
+    Raises TypeError for a base, ValueError for an x, r (a whole number ≥ 1) or lora_alpha (finite,
+    not 0) that cannot be. Source: LoRA (arXiv 2106.09685).
     """
 
-    def __init__(self, base, r, lora_alpha):
+    def __init__(self, base, r=8, lora_alpha=16):
         super().__init__()
-        self.refuse(base)
-        if type(r) is not int or r < 1:
-            raise ValueError(f"r must be an int ≥ 1, got {r!r}")
-        if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
-        self.base = base
-        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.check_base(base)
+        self.check_rank("r", r)
+        if not hasattr(lora_alpha, "__float__") or not 0 < abs(lora_alpha) < math.inf:
+            raise ValueError(f"lora_alpha must be a finite number other than 0, got {lora_alpha!r}")
+        self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha) / int(r)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.A = torch.nn.Parameter(self.W0.new_empty(r, self.in_features))
-        self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, r))
+        self.base = base
+        self.A = torch.nn.Parameter(self.W0.new_empty(self.r, self.in_features))
+        self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, self.r))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.train(base.training)
         base.requires_grad_(False)  # last: a layer that fails leaves its base as it was
 
     @staticmethod
-    def refuse(base, name="base"):
-        """Raise TypeError unless base is exactly an nn.Linear: a subclass may use its weight in ways of its own."""
-        if type(base) is not torch.nn.Linear:
-            raise TypeError(f"{name} must be a plain nn.Linear, got {type(base).__name__}")
-        if "weight" not in base._parameters:
-            raise TypeError(f"{name} must be a plain nn.Linear, its weight is computed (weight_norm, pruning)")
+    def check_base(base, name="base"):
+        weight = getattr(base, "_parameters", {}).get("weight")
+        dtype, device = getattr(weight, "dtype", None), getattr(weight, "device", None)
+        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if (type(base) is not torch.nn.Linear or "forward" in vars(base)
+                or base._forward_hooks or base._forward_pre_hooks
+                or type(weight) is not torch.nn.Parameter or dtype not in floats
+                or weight.is_meta or weight.numel() == 0):
+            raise TypeError(
+                f"{name} must be a plain nn.Linear, without hooks or a forward of its own, whose "
+                "weight is a plain parameter of 16, 32 or 64 bit floats (not computed, quantised, "
+                f"sharded, empty or on meta); got {type(base).__name__} with a weight "
+                f"{type(weight).__name__} {tuple(getattr(weight, 'shape', ()))}, {dtype}, {device}")
+
+    @staticmethod
+    def check_rank(name, value):
+        if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
+
+    def check_devices(self, *inputs):
+        # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
+        devices = {str(tensor.device) for tensor in (*inputs, *self.parameters())}
+        if len(devices) > 1:
+            raise ValueError(f"the layer and its input must be on one device, got {devices}")
 
     @property
     def W0(self):
@@ -77,82 +94,82 @@ class Adapter(torch.nn.Module):
 
     @property
     def weight(self):
-        """W' in W0's dtype, for code that reads a Linear's weight past its forward (nn.TransformerEncoder in eval)."""
+        """W' in W0's dtype, computed at each read: writing into it does nothing."""
         return self.adapted_weight().to(self.base.weight.dtype)
 
     @property
     def bias(self):
-        """The base's bias (m,) or None."""
         return self.base.bias
 
-    def full_precision(self):
-        """A context without autocast: weights, norms and rotations keep the dtypes that are written."""
-        return torch.autocast(self.A.device.type, enabled=False)
+    def adapted_weight(self):
+        """dense(), W' (m, n), differentiable, in float32 or wider."""
+        self.check_devices()
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.dense()
 
-    def check_width(self, x):
+    def thin(self):
+        return None
+
+    def forward(self, x):
+        """x (…, n) -> y = x W'ᵀ + b (…, m)."""
         if x.is_nested:
-            raise TypeError("x must not be a nested tensor (nn.TransformerEncoder: pass enable_nested_tensor=False)")
+            raise ValueError("x must not be nested; nn.TransformerEncoder: enable_nested_tensor=False")
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features in its last dimension, got {tuple(x.shape)}")
-
-    def low_rank(self, x, up, down):
-        """y0 = W0 x and up (down x) + b, both (…, m); up (m, k) and down (k, n) in the dtype the base computes in."""
-        self.check_width(x)
-        linear, h = torch.nn.functional.linear, x @ down.T.to(x.dtype)  # h (…, k)
-        return linear(x, self.base.weight), linear(h, up.to(h.dtype), self.base.bias)
-
-    def kernel(self, x, d, up, down):
-        """y = d ∘ (W0 x) + up (down x) + b (…, m); d (m,), up (m, k), down (k, n)."""
-        y0, update = self.low_rank(x, up, down)
-        return (d * y0 + update).to(y0.dtype)  # d stays in float32: bfloat16 would round 1.003 to 1 for every x
+            raise ValueError(f"x must have {self.in_features} features in its last dimension, "
+                             f"got {tuple(x.shape)}")
+        self.check_devices(x)
+        with torch.autocast(self.A.device.type, enabled=False):
+            thin = self.thin()
+        if thin is None:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        d, up, down = thin
+        y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
+        h = x @ down.T.to(x.dtype)  # (…, k)
+        update = torch.nn.functional.linear(h, up.to(h.dtype), self.bias)  # (…, m)
+        if d is None:
+            return y0 + update
+        return (d * y0 + update).to(y0.dtype)  # d in float32: bfloat16 would round 1.003 to 1
 
     @torch.no_grad()
     def merge(self):
-        """A fresh plain nn.Linear with weight W', frozen like the base; the layer and W0 stay as they are.
+        """A new plain nn.Linear with weight W', frozen like the base. The layer stays as it is.
 
-        W' is formed in float32 or wider and cast once to W0's dtype. Raises ValueError if an entry of it is
-        not finite. There is no unmerge: keep the layer.
+        Raises ValueError if an entry of W' is not finite. There is no unmerge: keep the layer.
         """
         weight = self.weight
         if not weight.isfinite().all():
-            raise ValueError(f"{type(self).__name__}.merge: the adapted weight has non-finite entries")
-        merged = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+            raise ValueError(f"{type(self).__name__}.merge: W' has entries that are not finite")
+        has_bias = self.bias is not None
+        merged = torch.nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
         merged.weight = torch.nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
+        if has_bias:
             merged.bias = torch.nn.Parameter(self.bias.clone(), requires_grad=False)
         return merged.train(self.training)
 
+    def extra_repr(self):
+        hidden = ("training", "scaling")
+        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in hidden}
+        return ", ".join(f"{k}={v}" for k, v in shown.items())
+
 
 class LoRALinear(Adapter):
-    """LoRA: W' = W0 + sBA.
+    """LoRA: W' = W0 + sBA. Source: LoRA (arXiv 2106.09685)."""
 
-    At step 0 W' = W0, since B = 0. Arguments and errors as in Adapter.
-    Source: LoRA (arXiv 2106.09685).
-    """
+    def dense(self):
+        return self.W0 + self.scaling * self.B @ self.A
 
-    def __init__(self, base, r=8, lora_alpha=16):
-        super().__init__(base, r, lora_alpha)
-
-    def adapted_weight(self):
-        """W' = W0 + sBA."""
-        with self.full_precision():
-            return self.W0 + self.scaling * self.B @ self.A
-
-    def forward(self, x):
-        """y = W0 x + sB (A x) + b: the kernel at d = 1, without its product."""
-        y0, update = self.low_rank(x, self.scaling * self.B, self.A)
-        return y0 + update
+    def thin(self):
+        return None, self.scaling * self.B, self.A
 
 
 class DoRALinear(Adapter):
-    """DoRA as first written: W' = magnitude ∘ W / ‖W‖row with W = W0 + sBA, formed as a full matrix.
+    """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
-    magnitude (m,) starts at ‖W0‖row, so W' = W0 at step 0. One norm per output feature: dim=1 of a (m, n)
-    weight. The DoRA paper stores the transpose and calls this column-wise; ports differ, so look twice.
-    detach_norm: no gradient through the norm, as the DoRA paper proposes in its section 4.3. With G the
-    gradient of W', c = magnitude / ‖w‖ and ŵ = w / ‖w‖ for a row w, that of W is then cG, and in full
-    c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩ either way. A row W = 0 has no direction: it stays zero, and
-    so does its gradient. Other arguments and errors as in Adapter. Source: DoRA (arXiv 2402.09353).
+    magnitude (m,) starts at ‖W0‖row. A norm is that of a row, dim=1 of an (m, n) weight; the DoRA
+    paper stores the transpose and calls it column-wise. detach_norm: no gradient through the norm
+    (DoRA paper, section 4.3). With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, that
+    of w is then cG, else c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩. A row w = 0 has no
+    direction: it stays zero, and so does its gradient. Source: DoRA (arXiv 2402.09353).
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -161,244 +178,267 @@ class DoRALinear(Adapter):
         self.magnitude = torch.nn.Parameter(self.W0.square().sum(dim=1).sqrt())
 
     def row_scale(self, squared_norm):
-        """magnitude / ‖W‖row (m,), the diagonal of 𝔇, from ‖W‖²row (m,)."""
-        norm = squared_norm.masked_fill(squared_norm == 0, math.inf).sqrt()  # 0/∞, not 0/0
+        """c = magnitude / ‖W‖row (m,), from ‖W‖²row (m,)."""
+        norm = squared_norm.masked_fill(squared_norm == 0, math.inf).sqrt()  # c = 0 at a zero row
         return self.magnitude / (norm.detach() if self.detach_norm else norm)
 
-    def adapted_weight(self):
-        """W' = 𝔇W with W = W0 + sBA and 𝔇 = diag(magnitude / ‖W‖row)."""
-        with self.full_precision():
-            W = self.W0 + self.scaling * self.B @ self.A
-            return self.row_scale(W.square().sum(dim=1))[:, None] * W
-
-    def forward(self, x):
-        """y = W' x + b, with W' formed: what the matrix form does without."""
-        self.check_width(x)
-        return torch.nn.functional.linear(x, self.weight, self.base.bias)
+    def dense(self):
+        W = self.W0 + self.scaling * self.B @ self.A
+        return self.row_scale(W.square().sum(dim=1))[:, None] * W
 
 
 class DoRAMatrixLinear(DoRALinear):
-    """DoRA in matrix form: W' = 𝔇 (W0 + sBA) = 𝔇W0 + s(𝔇B)A with 𝔇 = diag(magnitude / ‖W0 + sBA‖row).
+    """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
-    The parameters of DoRALinear and, to rounding, its values and gradients, without another (m, n) matrix:
-    the norm comes from thin factors. Where a row has ‖W0 + sBA‖² below ε‖W0‖², ε that of the base's dtype,
-    no digit of that sum is right; there it is held at this floor, which has no gradient.
-    Arguments and errors as in DoRALinear. Source: the paper's abstract; the norm is own derivation.
+    Parameters, values and gradients of DoRALinear, to rounding, without another (m, n) matrix.
+    Where ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, no digit of it is right:
+    it is held at this floor, which has no gradient.
+    Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
-    def thin_row_scale(self):
-        """The diagonal of 𝔇 (m,), from thin factors."""
-        with self.full_precision():
-            A, B = (self.A.detach(), self.B.detach()) if self.detach_norm else (self.A, self.B)  # keep no graph in vain
-            weight, sB = self.base.weight, self.scaling * B
-            # ‖w + sbA‖² = ‖w‖² + 2 sb·(A w) + sb (AAᵀ) sbᵀ, row by row, each term (m,). ‖w‖² is not kept from one
-            # call to the next: it would go stale when another base is loaded, and it is a small part of the time.
-            w2 = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype).square()
-            cross = (sB * (weight @ A.T.to(weight.dtype))).sum(dim=1)
-            u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
-            return self.row_scale(torch.maximum(w2 + 2 * cross + u2, torch.finfo(weight.dtype).eps * w2))
-
-    def forward(self, x):
-        """y = d ∘ (W0 x) + s(d ∘ B)(A x) + b with d the diagonal of 𝔇."""
-        d = self.thin_row_scale()
-        return self.kernel(x, d, d[:, None] * (self.scaling * self.B), self.A)
+    def thin(self):
+        A, B = self.A, self.B
+        if self.detach_norm:
+            A, B = A.detach(), B.detach()  # already here, so that no graph of the norm is kept
+        W0, sB = self.base.weight, self.scaling * B
+        # ‖w + sbA‖² = ‖w‖² + 2 sb·(Aw) + sb (AAᵀ) sbᵀ for a row w of W0 and b of B: each term (m,)
+        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=A.dtype).square()
+        cross = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
+        u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
+        floor = torch.finfo(W0.dtype).eps * w2
+        c = self.row_scale(torch.maximum(w2 + 2 * cross + u2, floor))
+        return c, c[:, None] * (self.scaling * self.B), self.A
 
 
 class PreDiagLinear(Adapter):
     """Pre-Diag: W' = diag(d) W0 + sBA.
 
-    The parameter diag (m,) holds d and starts at 1, so W' = W0 at step 0. Where d has no zero this reaches
-    the same weights as diag(d)(W0 + BA): the placements differ in how they train, not in what they reach.
-    Arguments and errors as in Adapter. Source: the paper's abstract and framework figure.
+    d, the parameter diag (m,), starts at 1. Where it has no zero, the same weights are reached as
+    by diag(d)(W0 + sBA): the two differ in how they train.
+    Source: the paper's abstract and framework figure.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
-        self.diag = torch.nn.Parameter(torch.ones_like(self.B[:, 0]))
+        self.diag = torch.nn.Parameter(self.B.new_ones(self.out_features))
 
-    def adapted_weight(self):
-        """W' = diag(d) W0 + sBA."""
-        with self.full_precision():
-            return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
+    def dense(self):
+        return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
 
-    def forward(self, x):
-        """y = d ∘ (W0 x) + sB (A x) + b."""
-        return self.kernel(x, self.diag, self.scaling * self.B, self.A)
+    def thin(self):
+        return self.diag, self.scaling * self.B, self.A
 
 
 def rotation_factors(C, D, rotation="exp"):
-    """Thin L and V, both (m, 2 r_p), of the rotation R = I + LVᵀ of P = s_P (DCᵀ − CDᵀ), without an (m, m) matrix.
+    """Thin L and V (m, 2 r_p) of R = I + LVᵀ, the rotation by P = s_P (DCᵀ − CDᵀ).
 
-    P = UVᵀ with U = [E C], V = s_P [C −E] and E = D − C diag(τ), for any τ. With the core Z = VᵀU (2r_p, 2r_p)
-    R = I + U K Vᵀ, so L = UK, where
-        exp:          R = e^P                       K = φ(Z), φ(z) = (eᶻ − 1)/z
-        cayley:       R = (I − P/2)⁻¹(I + P/2)      K = (I − Z/2)⁻¹
-        first_order:  R = I + P, no rotation        K = I
-    C, D: (m, r_p), any float dtype. s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): once it is below 1 the angles of R
-    grow linearly with the factors, no longer quadratically; it does not bound them. Returns float64 tensors,
-    float32 where the device has no float64. Raises ValueError for another rotation.
+        exp           R = e^P
+        cayley        R = (I − P/2)⁻¹ (I + P/2)
+        first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
+
+    C, D: (m, r_p), any float dtype. s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) makes the angles grow
+    linearly with the factors; it does not bound them. Returns float64, or float32 on mps.
+    Raises ValueError for another rotation.
     Source: P and s_P from the authors' code; the thin exact R is own derivation.
     """
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
-    # What a column of D has along its column of C drops out of P. Taken off first it cannot cancel later, and
-    # D = C, the start, gives τ = 1, E = 0 and P = 0 exactly.
-    tau = (C * D).detach().sum(dim=0) / C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
-    E = D - C * tau
+    # P is the same for D − τC in place of D, and for D/f and fC in place of D and C, column by
+    # column, whatever τ and f: they need no gradient. τ leaves nothing that could cancel, and
+    # makes P exactly 0 where D = C. f makes both columns equally long.
+    c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
+    E = D - C * ((C * D).detach().sum(dim=0) / c2)
+    f = (E.detach().square().sum(dim=0) / c2).clamp(1, 1e32).pow(0.25)
+    E, C = E / f, C * f
+    # P = UVᵀ gives Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU. So R = I + U K Vᵀ, where K is the power
+    # series of R in P without its I and divided by P, taken at Z.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
-    Z = V.T @ U
+    Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
-    if rotation == "exp":  # exp([[Z, I], [0, 0]]) = [[e^Z, φ(Z)], [0, I]]
-        top = torch.cat([Z, I], dim=1)
-        K = torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)]))[:len(Z), len(Z):]
-    elif rotation == "cayley":  # never singular, as Z has P's imaginary spectrum; inv_ex: no wait for the GPU
-        K = torch.linalg.inv_ex(I - Z / 2).inverse
+    if rotation == "exp":
+        # The [4/4] Padé approximant at P/2⁹, squared nine times: (I + UKVᵀ)² = I + U(2K + KZK)Vᵀ.
+        # A diagonal Padé approximant of a skew matrix is orthogonal, whatever its size.
+        z = Z / 2**9
+        z2 = z @ z
+        denominator = I - z / 2 + z2 * (3 / 28) - z2 @ z / 84 + z2 @ z2 / 1680
+        K = torch.linalg.inv_ex(denominator).inverse @ (I + z2 / 42) / 2**9
+        for _ in range(9):
+            K = 2 * K + K @ Z @ K
+    elif rotation == "cayley":  # the [1/1] one, not squared
+        K = torch.linalg.inv_ex(I - Z / 2).inverse  # inv_ex: no wait for the GPU
     elif rotation == "first_order":
         K = I
     else:
-        raise ValueError(f"rotation must be 'exp', 'cayley' or 'first_order', got {rotation!r}")
+        raise ValueError(f"unknown rotation {rotation!r}")
     return U @ K, V
 
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of the outputs in at most 2 r_p dimensions.
+    """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of the outputs in 2 r_p dimensions.
 
-    r_p: rank of the skew factors C and D (m, r_p), an int ≥ 1. C starts uniform on ±1/√m and D = C, so that
-    P = 0 and R = I, hence W' = W0 at step 0; C = D = 0 would never get a gradient. diag (m,) as in Pre-Diag.
-    rotation: "exp" or "cayley", both orthogonal to rounding, or "first_order", the authors' code's I + P,
-    which stretches: RᵀR = I + PᵀP.
-    Raises ValueError on r_p or rotation; other arguments and errors as in Adapter.
-    Source: the paper's abstract and framework figure; init from the authors' code.
+    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0 and R = I; C = D = 0 would never get
+    a gradient. diag (m,) as in Pre-Diag. rotation: as in rotation_factors.
+    Raises ValueError for another, or for r_p (a whole number ≥ 1).
+    Source: the paper's framework figure; the start from the authors' code.
     """
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
-        if type(r_p) is not int or r_p < 1:
-            raise ValueError(f"r_p must be an int ≥ 1, got {r_p!r}")
-        rotation_factors(torch.ones(1, 1), torch.ones(1, 1), rotation)  # refuse an unknown one before base is frozen
+        self.check_rank("r_p", r_p)
+        if rotation not in ("exp", "cayley", "first_order"):
+            raise ValueError(f"rotation must be exp, cayley or first_order, got {rotation!r}")
         super().__init__(base, r, lora_alpha)
-        self.r_p, self.rotation = r_p, rotation
+        self.r_p, self.rotation = int(r_p), rotation
         bound = 1 / math.sqrt(self.out_features)
-        self.diag = torch.nn.Parameter(torch.ones_like(self.B[:, 0]))
-        self.C = torch.nn.Parameter(self.B.new_empty(self.out_features, r_p).uniform_(-bound, bound))
-        self.D = torch.nn.Parameter(self.C.detach().clone())
+        C = self.B.new_empty(self.out_features, self.r_p).uniform_(-bound, bound)
+        self.diag = torch.nn.Parameter(self.B.new_ones(self.out_features))
+        self.C, self.D = torch.nn.Parameter(C), torch.nn.Parameter(C.clone())
 
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
-        with self.full_precision():
-            L, V = rotation_factors(self.C, self.D, self.rotation)
-            return (torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T).to(self.W0.dtype)
+        L, V = rotation_factors(self.C, self.D, self.rotation)
+        return (torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T).to(self.C.dtype)
 
-    def adapted_weight(self):
-        """W' = R (diag(d) W0 + sBA)."""
-        with self.full_precision():
-            return self.rotation_matrix() @ (self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A)
+    def dense(self):
+        M = self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
+        return self.rotation_matrix() @ M
 
-    def up_and_down(self):
-        """[sB L] (m, r + 2r_p) and [A; VᵀM] (r + 2r_p, n) with M = diag(d) W0 + sBA."""
-        with self.full_precision():
-            L, V = (factor.to(self.A.dtype) for factor in rotation_factors(self.C, self.D, self.rotation))
-            weight, sB = self.base.weight, self.scaling * self.B
-            VM = (self.diag[:, None] * V).T.to(weight.dtype) @ weight + (V.T @ sB) @ self.A  # (2r_p, n), no (m, n)
-            return torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
-
-    def forward(self, x):
-        """y = (I + LVᵀ) M x + b = d ∘ (W0 x) + [sB L] ([A; VᵀM] x) + b: a Pre-Diag of rank r + 2r_p."""
-        return self.kernel(x, self.diag, *self.up_and_down())
+    def thin(self):
+        # With M = diag(d) W0 + sBA, R M = M + L(VᵀM) is a Pre-Diag of rank r + 2 r_p.
+        L, V = rotation_factors(self.C, self.D, self.rotation)
+        L, V = L.to(self.C.dtype), V.to(self.C.dtype)
+        W0, sB = self.base.weight, self.scaling * self.B
+        VM = (self.diag[:, None] * V).T.to(W0.dtype) @ W0 + (V.T @ sB) @ self.A  # (2 r_p, n)
+        return self.diag, torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
 
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLinear,
            "pre_diag": PreDiagLinear, "sora": SORALinear}
 
 
-def adapter_parameters(model):
-    """{name: parameter} of every adapter tensor in model, by its name in model."""
-    own = {id(p) for layer in model.modules() if isinstance(layer, Adapter) for p in layer.parameters(recurse=False)}
-    return {name: p for name, p in model.named_parameters() if id(p) in own}
+def adapters(model):
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Adapter)]
 
 
-def replace_modules(model, new):
-    """Put new[module] where module stands in model, at every place; returns model, or what replaces it."""
+def replace_module(model, old, new):
+    """Put new at every place of old in model; returns model, or new if model is old."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(model, model)
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+    return new if model is old else model
 
 
 def adapt(model, method, target_modules, **kwargs):
-    """Freeze model, then wrap the nn.Linears that target_modules names, in place; returns model.
+    """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS. target_modules: names, or one name (never a regular expression); as in Hugging
-    Face PEFT a name matches the modules whose dotted name equals it or ends in "." + it. kwargs go to the
-    layer: r, lora_alpha, …. A linear used at several places is wrapped once and stays shared. Adapters
-    already there keep their requires_grad.
-    Raises ValueError for an unknown method, a name that matches nothing or one that is adapted already,
-    TypeError for a target that is no plain nn.Linear, and what the layer raises. model is then unchanged.
+    method: a key of METHODS; kwargs (r, lora_alpha, …) go to its class. target_modules: names or one
+    name, never a regular expression; as in Hugging Face PEFT a name matches each module whose
+    dotted name is it or ends in "." + it. A linear at several places is wrapped once, and shared.
+    A model without adapters is frozen first; in one that has some, what trains keeps training.
+    Raises ValueError for an unknown method, for a name that matches nothing or an adapted layer,
+    TypeError for a base that Adapter refuses. The model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    bases = {layer.base for layer in model.modules() if isinstance(layer, Adapter)}
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if module not in bases}
-    matches = {target: [name for name in modules if ("." + name).endswith("." + target)] for target in targets}
-    if not targets or not all(matches.values()):
-        wrong = [target for target in targets if not matches[target]]
-        there = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) is torch.nn.Linear})
-        raise ValueError(f"target_modules {wrong} match no module; the nn.Linears here are named {there}")
-    matched = {name: module for name, module in modules.items() if any(name in names for names in matches.values())}
-    for name, module in matched.items():
+    found, inside = adapters(model), set()
+    for _, layer in found:
+        inside.update(layer.children())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: m for name, m in modules.items() if m not in inside}
+    matched = {target: [name for name in modules if f".{name}".endswith(f".{target}")]
+               for target in targets}
+    if not targets or not all(matched.values()):
+        unmatched = [target for target in targets if not matched[target]]
+        linears = {name for name, m in modules.items() if type(m) is torch.nn.Linear}
+        there = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"target_modules {unmatched} match no module; the nn.Linears are {there}")
+    names = set().union(*matched.values())
+    bases = {name: m for name, m in modules.items() if name in names}
+    for name, module in bases.items():
         if isinstance(module, Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
-        Adapter.refuse(module, name)  # all of them, before the first is frozen
-    new = {linear: METHODS[method](linear, **kwargs) for linear in dict.fromkeys(matched.values())}
-    trained = {id(p) for p in adapter_parameters(model).values()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in trained and p.requires_grad)
-    return replace_modules(model, new)
+        Adapter.check_base(module, name)  # all of them, before the first is frozen
+    layers = {base: METHODS[method](base, **kwargs) for base in dict.fromkeys(bases.values())}
+    if not found:
+        model.requires_grad_(False)
+    for base, layer in layers.items():
+        model = replace_module(model, base, layer)
+    return model
 
 
 def merge_adapters(model):
-    """Replace every adapter in model by its merge(), in place; returns model (or the merged layer, if model is one).
+    """Replace every adapter by its merge(), in place; returns model, or its merge() if it is one.
 
-    Raises ValueError, with the layer's name, if an adapted weight is not finite; model is then unchanged.
+    Raises ValueError, with the layer's name, if an adapted weight is not finite; the model is then
+    unchanged. For that each is merged twice, on trial first, but one at a time.
     """
-    new = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Adapter):
-            try:
-                new[layer] = layer.merge()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-    return replace_modules(model, new)
+    for name, layer in adapters(model):
+        try:
+            layer.merge()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    layer, layers = None, [layer for _, layer in adapters(model)]
+    while layers:
+        layer = layers.pop()
+        model = replace_module(model, layer, layer.merge())
+    return model
+
+
+def trained_parameters(model):
+    """{name: parameter} of every adapter tensor, and of every other with requires_grad."""
+    own, pieces = set(), set()
+    for _, layer in adapters(model):
+        tensors = set(layer.parameters()) - set(layer.base.parameters())
+        own |= tensors
+        if layer.A.dim() != 2:  # FSDP1 leaves flat pieces
+            pieces |= tensors
+    trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
+    for name, p in trained.items():
+        if p in pieces or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
+            raise ValueError(
+                f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
+                "Gather it by FSDP.summon_full_params or, in torch.distributed.checkpoint."
+                "state_dict, get_model_state_dict with full_state_dict=True; load before sharding")
+    return trained
 
 
 def adapter_state_dict(model):
-    """{name: copy} of the adapter tensors alone: small to save, or a snapshot to return to."""
-    return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    """{name: copy} of all that training changes but buffers: every adapter tensor, and every other
+    parameter with requires_grad (a head, a norm).
+
+    r, lora_alpha and rotation are not in it: keep them beside. Raises ValueError, with its
+    name, for a parameter that is sharded or on meta.
+    """
+    return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy a state from adapter_state_dict into model: the same base weights, adapted with the same arguments.
+    """Copy an adapter_state_dict into model, which is adapted and unfrozen alike.
 
-    The state holds neither (lora_alpha and rotation least of all): keep them with it. Raises ValueError that
-    lists every missing, unexpected, misshapen or non-finite tensor; model is then unchanged.
+    Raises ValueError for tensors that are missing, unexpected, of another shape, no plain floats or
+    not finite, and names some of them; nothing is then copied.
     """
-    own, ready = adapter_parameters(model), {}
-    wrong = [f"missing {name}" for name in own if name not in state]
-    for name, tensor in state.items():
-        if name not in own:
-            wrong.append(f"unexpected {name}")
-        elif not torch.is_tensor(tensor) or not tensor.is_floating_point() or tensor.shape != own[name].shape:
-            got = f"{tuple(tensor.shape)}, {tensor.dtype}" if torch.is_tensor(tensor) else type(tensor).__name__
-            wrong.append(f"{name} must be a floating-point tensor of shape {tuple(own[name].shape)}, got {got}")
-        else:
-            ready[name] = tensor.to(own[name], copy=True)  # a copy, should state hold model's own tensors
-            if not ready[name].isfinite().all():
-                wrong.append(f"non-finite {name}")
-    if wrong:
-        raise ValueError("adapter state does not fit: " + "; ".join(wrong))
+    own, ready = trained_parameters(model), {}
+    wrong = {"missing": [name for name in own if name not in state],
+             "unexpected": [name for name in state if name not in own], "unfit": []}
+    for name in (name for name in own if name in state):
+        tensor, p = state[name], own[name]
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        if plain and tensor.is_floating_point() and tensor.shape == p.shape:
+            ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
+        if name not in ready or not ready[name].isfinite().all():
+            got = f"{type(tensor).__name__} {tuple(getattr(tensor, 'shape', ()))}"
+            wrong["unfit"].append(f"{name} ({got}, not finite floats of {tuple(p.shape)})")
+    problems = [f"{len(names)} {what}: {', '.join(map(str, names[:3]))}"
+                for what, names in wrong.items() if names]
+    if problems:
+        for mine, theirs in zip(wrong["missing"][:1], wrong["unexpected"][:1]):
+            if str(theirs).endswith(mine):
+                problems.append(f"the state's names have a prefix, {theirs.removesuffix(mine)!r}")
+        raise ValueError("the state does not fit: " + "; ".join(problems))
     for name, tensor in ready.items():
         own[name].copy_(tensor)
 
@@ -410,16 +450,16 @@ def relative_singular_values(delta):
 
 
 def singular_value_entropy(delta):
-    """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of an update W' − W0.
+    """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of W' − W0.
 
-    Its exponential is the effective rank of Roy and Vetterli (2007), between 1 and the rank: an update of
-    rank r has at most log r. This normalisation is our choice, the paper's was not available. 0 for delta = 0.
-    Take W' − W0 of a small update in float64: in float32 the rounding of W' adds a little of every rank.
+    0 for delta = 0, and at most log r for LoRA. Its exponential is the effective rank of Roy and
+    Vetterli (2007): our choice, the paper's normalisation was not at hand. Take W' − W0 in
+    float64: in float32 the rounding of W' adds a little of every rank.
     """
     S = relative_singular_values(delta)
     return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)
 
 
 def stable_rank(delta):
-    """‖delta‖²F / ‖delta‖²₂ = Σ σ_i² / σ_1², between 1 and the rank, of delta (…, m, n). 0 for delta = 0."""
+    """‖delta‖²F / ‖delta‖²₂ = Σ σ_i² / σ_1² of delta (…, m, n), at most its rank; 0 for 0."""
     return relative_singular_values(delta).square().sum(dim=-1)
