@@ -3,23 +3,21 @@
 
 After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT*
 (arXiv 2511.00051, AAAI 2026). A frozen weight W0 gets a low-rank update sBA and a conditioning
-matrix. The methods differ in what this matrix is, and in whether it acts before or after the
-update: on W0 alone, or on the sum.
+matrix, which acts on W0 before the update is added, or on the sum after it:
 
                 before                         after
     identity    W0 + sBA           LoRA        W0 + sBA               LoRA
     diagonal    diag(d) W0 + sBA   Pre-Diag    diag(c) (W0 + sBA)     DoRA
     rotation    R W0 + sBA         (open)      R (diag(d) W0 + sBA)   SORA
 
-    W0 (m, n)            frozen weight of a linear layer y = x W'ᵀ + b; b is never conditioned
+    W0 (m, n)            frozen weight of y = x W'ᵀ + b; b is never conditioned
     A (r, n), B (m, r)   low-rank factors; s = lora_alpha / r
-    diag (m,)            d
-    magnitude (m,)       c = magnitude / ‖W0 + sBA‖, with a norm for each row
-    C, D (m, r_p)        factors of a skew-symmetric P (m, m), whose rotation is R = I + LVᵀ
+    diag (m,)            holds d
+    magnitude (m,)       c = magnitude / ‖W0 + sBA‖, one norm a row
+    C, D (m, r_p)        factors of a skew-symmetric P, whose rotation R (m, m) is I + LVᵀ
 
-All of them are W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), computed as
-
-    y = d ∘ (W0 x) + up (down x) + b
+Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), and is computed as
+y = d ∘ (W0 x) + up (down x) + b.
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
     ...                                # train: only the adapters have requires_grad
@@ -38,12 +36,11 @@ class Adapter(torch.nn.Module):
     write dense(), the equation W' (m, n). With an entry in METHODS it is right, saved and merged.
     thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters, norms, rotations and W' have W0's dtype, float32 on a half precision base, also
-    under autocast. Products with x, and y, have the dtype that the base would give them.
-    base weights loaded later leave DoRA's magnitude stale: load them first. A starts
-    Kaiming-uniform(√5) as in loralib, B at zero, and every method with W' = W0.
-    Raises TypeError for a base, ValueError for an x, r (a whole number ≥ 1) or lora_alpha (finite,
-    not 0) that cannot be. Source: LoRA (arXiv 2106.09685).
+    Parameters, norms, R and W' have W0's dtype, float32 on a half precision base, under autocast
+    too; products with x, and y, the dtype that the base gives them. W' = W0 at the start, with A
+    Kaiming-uniform(√5) as in loralib and B zero; base weights loaded later leave DoRA's
+    magnitude stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1),
+    lora_alpha (finite, not 0) or an x that will not do. Source: LoRA (arXiv 2106.09685).
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -64,17 +61,17 @@ class Adapter(torch.nn.Module):
     @staticmethod
     def check_base(base, name="base"):
         weight = getattr(base, "_parameters", {}).get("weight")
-        dtype, device = getattr(weight, "dtype", None), getattr(weight, "device", None)
+        plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if (type(base) is not torch.nn.Linear or "forward" in vars(base)
-                or base._forward_hooks or base._forward_pre_hooks
-                or type(weight) is not torch.nn.Parameter or dtype not in floats
-                or weight.is_meta or weight.numel() == 0):
+        if (not plain or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+                or weight.dtype not in floats or weight.is_meta or weight.numel() == 0):
+            got = f"{type(base).__name__}, weight {type(weight).__name__}"
+            if torch.is_tensor(weight):
+                got += f" {tuple(weight.shape)}, {weight.dtype}, {weight.device}"
             raise TypeError(
-                f"{name} must be a plain nn.Linear, without hooks or a forward of its own, whose "
-                "weight is a plain parameter of 16, 32 or 64 bit floats (not computed, quantised, "
-                f"sharded, empty or on meta); got {type(base).__name__} with a weight "
-                f"{type(weight).__name__} {tuple(getattr(weight, 'shape', ()))}, {dtype}, {device}")
+                f"{name} must be a plain nn.Linear without hooks or a forward of its own, with a "
+                "parameter of 16, 32 or 64 bit floats as weight: not computed, quantised, sharded, "
+                f"empty or on meta; got {got}")
 
     @staticmethod
     def check_rank(name, value):
@@ -113,10 +110,9 @@ class Adapter(torch.nn.Module):
     def forward(self, x):
         """x (…, n) -> y = x W'ᵀ + b (…, m)."""
         if x.is_nested:
-            raise ValueError("x must not be nested; nn.TransformerEncoder: enable_nested_tensor=False")
+            raise ValueError("x is nested (nn.TransformerEncoder: enable_nested_tensor=False)")
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features in its last dimension, "
-                             f"got {tuple(x.shape)}")
+            raise ValueError(f"x must have {self.in_features} features last, got {tuple(x.shape)}")
         self.check_devices(x)
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
@@ -147,8 +143,7 @@ class Adapter(torch.nn.Module):
         return merged.train(self.training)
 
     def extra_repr(self):
-        hidden = ("training", "scaling")
-        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in hidden}
+        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
         return ", ".join(f"{k}={v}" for k, v in shown.items())
 
 
@@ -165,11 +160,11 @@ class LoRALinear(Adapter):
 class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
-    magnitude (m,) starts at ‖W0‖row. A norm is that of a row, dim=1 of an (m, n) weight; the DoRA
-    paper stores the transpose and calls it column-wise. detach_norm: no gradient through the norm
-    (DoRA paper, section 4.3). With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, that
-    of w is then cG, else c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩. A row w = 0 has no
-    direction: it stays zero, and so does its gradient. Source: DoRA (arXiv 2402.09353).
+    magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
+    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3);
+    with G that of W' and ŵ = w / ‖w‖ for a row w of W, w then gets cG, else c(G − ⟨G, ŵ⟩ŵ);
+    magnitude gets ⟨G, ŵ⟩. A row w = 0 has no direction: it stays 0 and gets 0.
+    Source: DoRA (arXiv 2402.09353).
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -190,9 +185,9 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
-    Parameters, values and gradients of DoRALinear, to rounding, without another (m, n) matrix.
-    Where ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, no digit of it is right:
-    it is held at this floor, which has no gradient.
+    It has the parameters, values and gradients of DoRALinear, but no other (m, n) matrix. Where
+    ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, no digit of it is right: it is
+    held at this floor, which has no gradient.
     Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
@@ -245,14 +240,14 @@ def rotation_factors(C, D, rotation="exp"):
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
     # P is the same for D − τC in place of D, and for D/f and fC in place of D and C, column by
-    # column, whatever τ and f: they need no gradient. τ leaves nothing that could cancel, and
-    # makes P exactly 0 where D = C. f makes both columns equally long.
+    # column, whatever τ and f: they need no gradient. This τ leaves nothing to cancel, and P = 0
+    # exactly where D = C. This f makes the two equally long where D is the longer.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
     f = (E.detach().square().sum(dim=0) / c2).clamp(1, 1e32).pow(0.25)
     E, C = E / f, C * f
-    # P = UVᵀ gives Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU. So R = I + U K Vᵀ, where K is the power
-    # series of R in P without its I and divided by P, taken at Z.
+    # P = UVᵀ, and so Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU: every power series I + k₁P + k₂P² + …
+    # is R = I + U K Vᵀ with K = k₁I + k₂Z + ….
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
@@ -277,9 +272,9 @@ def rotation_factors(C, D, rotation="exp"):
 class SORALinear(Adapter):
     """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of the outputs in 2 r_p dimensions.
 
-    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0 and R = I; C = D = 0 would never get
-    a gradient. diag (m,) as in Pre-Diag. rotation: as in rotation_factors.
-    Raises ValueError for another, or for r_p (a whole number ≥ 1).
+    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move.
+    diag (m,) as in Pre-Diag, rotation as in rotation_factors.
+    Raises ValueError for another rotation or for r_p (a whole number ≥ 1).
     Source: the paper's framework figure; the start from the authors' code.
     """
 
@@ -332,36 +327,36 @@ def replace_module(model, old, new):
 def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS; kwargs (r, lora_alpha, …) go to its class. target_modules: names or one
-    name, never a regular expression; as in Hugging Face PEFT a name matches each module whose
-    dotted name is it or ends in "." + it. A linear at several places is wrapped once, and shared.
-    A model without adapters is frozen first; in one that has some, what trains keeps training.
-    Raises ValueError for an unknown method, for a name that matches nothing or an adapted layer,
-    TypeError for a base that Adapter refuses. The model is then unchanged.
+    method: a key of METHODS; its class gets kwargs (r, lora_alpha, …). target_modules: one name
+    or several; a name matches each module whose dotted name is it or ends in "." + it, as in Hugging
+    Face PEFT. A linear at several places is wrapped once, and shared. A model without adapters
+    is frozen first; in one that has some, what trains keeps training.
+    Raises ValueError for an unknown method, a name without a match, an adapted layer, TypeError
+    for a base that Adapter refuses; the model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    found, inside = adapters(model), set()
-    for _, layer in found:
-        inside.update(layer.children())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    modules = {name: m for name, m in modules.items() if m not in inside}
-    matched = {target: [name for name in modules if f".{name}".endswith(f".{target}")]
-               for target in targets}
-    if not targets or not all(matched.values()):
-        unmatched = [target for target in targets if not matched[target]]
-        linears = {name for name, m in modules.items() if type(m) is torch.nn.Linear}
-        there = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"target_modules {unmatched} match no module; the nn.Linears are {there}")
-    names = set().union(*matched.values())
-    bases = {name: m for name, m in modules.items() if name in names}
+    inside = {child for _, layer in adapters(model) for child in layer.children()}
+    bases, unmatched, linears = {}, set(targets), set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in inside:
+            continue
+        if type(module) is torch.nn.Linear:
+            linears.add(name.rpartition(".")[2])
+        for target in targets:
+            if f".{name}".endswith(f".{target}"):
+                bases[name] = module
+                unmatched.discard(target)
+    if unmatched or not targets:
+        raise ValueError(f"target_modules {sorted(unmatched)} match no module; "
+                         f"the nn.Linears are named {sorted(linears)}")
     for name, module in bases.items():
         if isinstance(module, Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
         Adapter.check_base(module, name)  # all of them, before the first is frozen
     layers = {base: METHODS[method](base, **kwargs) for base in dict.fromkeys(bases.values())}
-    if not found:
+    if not adapters(model):
         model.requires_grad_(False)
     for base, layer in layers.items():
         model = replace_module(model, base, layer)
@@ -371,8 +366,8 @@ def adapt(model, method, target_modules, **kwargs):
 def merge_adapters(model):
     """Replace every adapter by its merge(), in place; returns model, or its merge() if it is one.
 
-    Raises ValueError, with the layer's name, if an adapted weight is not finite; the model is then
-    unchanged. For that each is merged twice, on trial first, but one at a time.
+    Raises ValueError, with its name, for a layer whose W' is not finite; the model is then
+    unchanged, since all are merged on trial first. One W' at a time is held beside its base.
     """
     for name, layer in adapters(model):
         try:
@@ -399,45 +394,46 @@ def trained_parameters(model):
         if p in pieces or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
             raise ValueError(
                 f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
-                "Gather it by FSDP.summon_full_params or, in torch.distributed.checkpoint."
-                "state_dict, get_model_state_dict with full_state_dict=True; load before sharding")
+                "Gather first, with FSDP.summon_full_params, or get_model_state_dict of torch."
+                "distributed.checkpoint.state_dict and full_state_dict=True; load before sharding")
     return trained
 
 
 def adapter_state_dict(model):
-    """{name: copy} of all that training changes but buffers: every adapter tensor, and every other
-    parameter with requires_grad (a head, a norm).
+    """{name: copy} of every adapter tensor and every other parameter with requires_grad (a head).
 
-    r, lora_alpha and rotation are not in it: keep them beside. Raises ValueError, with its
-    name, for a parameter that is sharded or on meta.
+    That is all that training changes, except buffers. Keep r, lora_alpha, rotation beside it: they
+    are not in it. Raises ValueError, with its name, for a parameter that is sharded or on meta.
     """
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy an adapter_state_dict into model, which is adapted and unfrozen alike.
+    """Copy an adapter_state_dict into model, adapted and unfrozen alike.
 
-    Raises ValueError for tensors that are missing, unexpected, of another shape, no plain floats or
-    not finite, and names some of them; nothing is then copied.
+    Raises ValueError that names some of the tensors which are missing, unexpected, of another
+    shape, no plain floats or not finite; nothing is then copied.
     """
     own, ready = trained_parameters(model), {}
-    wrong = {"missing": [name for name in own if name not in state],
-             "unexpected": [name for name in state if name not in own], "unfit": []}
-    for name in (name for name in own if name in state):
+    wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(),
+             "no finite floats of that shape": set()}
+    for name in own.keys() & state.keys():
         tensor, p = state[name], own[name]
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
         if plain and tensor.is_floating_point() and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
         if name not in ready or not ready[name].isfinite().all():
-            got = f"{type(tensor).__name__} {tuple(getattr(tensor, 'shape', ()))}"
-            wrong["unfit"].append(f"{name} ({got}, not finite floats of {tuple(p.shape)})")
-    problems = [f"{len(names)} {what}: {', '.join(map(str, names[:3]))}"
-                for what, names in wrong.items() if names]
+            wrong["no finite floats of that shape"].add(f"{name} {tuple(p.shape)}")
+    problems = []
+    for what, names in wrong.items():
+        if names:
+            problems.append(f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:3])}")
+    if wrong["missing"] and wrong["unexpected"]:
+        mine, theirs = min(wrong["missing"]), min(map(str, wrong["unexpected"]))
+        if theirs.endswith(mine):
+            problems.append(f"the state's names have a prefix, {theirs.removesuffix(mine)!r}")
     if problems:
-        for mine, theirs in zip(wrong["missing"][:1], wrong["unexpected"][:1]):
-            if str(theirs).endswith(mine):
-                problems.append(f"the state's names have a prefix, {theirs.removesuffix(mine)!r}")
         raise ValueError("the state does not fit: " + "; ".join(problems))
     for name, tensor in ready.items():
         own[name].copy_(tensor)

@@ -1048,7 +1048,7 @@ def test_a_head_trained_beside_the_adapters_is_in_the_state():
     net, twin = model("sora"), model("sora")
     net[2].requires_grad_(True)
     state = adapter_state_dict(disturb(net))
-    with pytest.raises(ValueError, match="2 unexpected: 2.weight, 2.bias"):
+    with pytest.raises(ValueError, match="2 unexpected: 2.bias, 2.weight"):
         load_adapter_state_dict(twin, state)  # the twin's is frozen
     twin[2].requires_grad_(True)
     load_adapter_state_dict(twin, state)
@@ -1125,8 +1125,8 @@ BAD_BASES = {
     "DoRALinear": lambda: DoRALinear(nn.Linear(3, 2)),
     "Parameter": lambda: nn.Linear(3, 2).weight,
     "ParametrizedLinear": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
-    "with a weight NoneType": lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5),
-    "with a weight Piece": lambda: linear(weight=nn.Parameter(torch.rand(2, 3).as_subclass(Piece))),
+    "weight NoneType": lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5),
+    "weight Piece": lambda: linear(weight=nn.Parameter(torch.rand(2, 3).as_subclass(Piece))),
     "int8": lambda: linear(weight=nn.Parameter(torch.ones(2, 3, dtype=torch.int8), False)),
     "float8_e4m3fn": lambda: linear(weight=nn.Parameter(torch.ones(2, 3).to(torch.float8_e4m3fn))),
     "complex64": lambda: linear(torch.complex64),
@@ -1194,7 +1194,7 @@ def test_whole_and_finite_numbers_of_any_kind_do():
 def test_x_that_the_weight_cannot_meet_is_refused(kind):
     layer = make(kind)
     for shape in ((4, 6), (), (7, 8)):
-        with pytest.raises(ValueError, match=f"7 features in its last .*{re.escape(str(shape))}"):
+        with pytest.raises(ValueError, match=f"7 features last, .*{re.escape(str(shape))}"):
             layer(torch.zeros(shape).double())
 
 
@@ -1222,14 +1222,14 @@ BAD_CALLS = {
     "r must be": lambda net: adapt(net, "dora", ["0"], r=0),
     "1 missing: 1.q_proj.B": lambda net: load(net, drop="1.q_proj.B"),
     "1 unexpected: extra": lambda net: load(net, extra=torch.zeros(1)),
-    "Tensor (2, 6), not finite floats of (8, 6)": lambda net: load(net, A=torch.zeros(2, 6)),
-    "(9, 6), not": lambda net: load(net, A=torch.zeros(9, 6)),
-    "1 unfit: 1.q_proj.A": lambda net: load(net, A=torch.zeros(8, 6).to(torch.complex64)),
-    "1.q_proj.A (list": lambda net: load(net, A=[1.0]),
-    "q_proj.A (Tensor": lambda net: load(net, A=torch.full((8, 6), math.nan)),
-    "proj.A (Tensor": lambda net: load(net, A=torch.full((8, 6), 1e300, dtype=f64)),
-    "1.q_proj.A (Piece": lambda net: load(net, A=torch.zeros(8, 6).as_subclass(Piece)),
-    ".A (Tensor": lambda net: load(net, A=torch.zeros(8, 6, device="meta")),
+    "1 no finite floats of that shape: 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(2, 6)),
+    "shape: 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(9, 6)),
+    ": 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6).to(torch.complex64)),
+    "1.q_proj.A (8, 6)": lambda net: load(net, A=[1.0]),
+    "q_proj.A (8, 6)": lambda net: load(net, A=torch.full((8, 6), math.nan)),
+    "proj.A (8, 6)": lambda net: load(net, A=torch.full((8, 6), 1e300, dtype=f64)),
+    ".A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6).as_subclass(Piece)),
+    "A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6, device="meta")),
     "1 missing: 1.q_proj.A; 1 unexpected: e": lambda net: load(net, "1.q_proj.A", e=torch.zeros(1)),
 }
 
