@@ -328,9 +328,9 @@ def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
     method: a key of METHODS; its class gets kwargs (r, lora_alpha, …). target_modules: one name
-    or several; a name matches each module whose dotted name is it or ends in "." + it, as in Hugging
-    Face PEFT. A linear at several places is wrapped once, and shared. A model without adapters
-    is frozen first; in one that has some, what trains keeps training.
+    or several; a name matches each module whose dotted name is it or ends in "." + it, as in
+    Hugging Face PEFT. A linear at several places is wrapped once, and shared. A model without
+    adapters is frozen first; in one that has some, what trains keeps training.
     Raises ValueError for an unknown method, a name without a match, an adapted layer, TypeError
     for a base that Adapter refuses; the model is then unchanged.
     """

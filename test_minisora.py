@@ -1,6 +1,6 @@
 """What minisora states about its layers, one theorem a test. Each can fail.
 
-    python -m pytest                                      the same examples each time, under a minute
+    python -m pytest                                      the same examples each time
     HYPOTHESIS_PROFILE=long python -m pytest              a random search, much longer
 
 The oracle is float64 NumPy, written from the equations; nothing of the module is in it. A tolerance
@@ -35,7 +35,8 @@ from minisora import (METHODS, Adapter, DoRALinear, DoRAMatrixLinear, LoRALinear
                       SORALinear, adapt, adapter_state_dict, load_adapter_state_dict,
                       merge_adapters, rotation_factors, singular_value_entropy, stable_rank)
 
-settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=25)
+settings.register_profile(
+    "default", derandomize=True, database=None, deadline=None, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -57,15 +58,15 @@ THIN = [kind for kind in KINDS if kind not in ("dora", "dora, full")]
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device here"))])
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_cuda)])
 seeds = st.integers(0, 2**31)
 
 
 # ------------------------------------------------------------------ cases, the oracle, a tolerance
 
 def make(kind, m=5, n=7, r=3, alpha=5, r_p=2, dtype=f64, seed=0, trained=True, rows=1.0):
-    """A layer with every tensor drawn from seed; rows (m, 2): factors for the rows of W0 and of B."""
+    """A layer with every tensor drawn from seed; rows (m, 2): factors of W0's and B's rows."""
     rng, cls, options = np.random.default_rng(seed), *KINDS[kind]
     rows = torch.as_tensor(rows, dtype=f64) * torch.ones(m, 2)
 
@@ -101,7 +102,7 @@ def layers(draw, kind, device="cpu", dtypes=(f32, f64), scaled=True, **options):
 
 
 def for_all_layers(kinds=KINDS, **options):
-    """Run a theorem about `layer` for every kind and device, over layers(kind, device, **options)."""
+    """Run a theorem about `layer` for every kind and device, over layers(…, **options)."""
     def decorate(theorem):
         def test(kind, device, data):
             theorem(data.draw(layers(kind, device, **options)))
@@ -121,7 +122,7 @@ def array(value):
 
 
 def close(layer, actual, exact, size=1.0, k=None, eps=None):
-    """|actual − exact| ≤ k · ε · size; k: the sums over n, r, m, 2 r_p and some single operations."""
+    """|actual − exact| ≤ k · ε · size; k: sums over n, r, m, 2 r_p and some more."""
     if k is None:
         sums = layer.in_features + 2 * layer.r + 2 * layer.out_features
         k = sums + 4 * getattr(layer, "r_p", 0) + 16
@@ -166,7 +167,7 @@ def oracle(layer):
     if "C" not in p:
         return M, size
     P, q = skew(p["C"], p["D"])
-    # Cores are at most 1 + q/2 in norm, so R passes through terms of size 1 + q (1 + q/2) ≤ (1 + q)².
+    # Cores are at most 1 + q/2 in norm, so R's terms are up to 1 + q (1 + q/2) ≤ (1 + q)².
     # A rotation mixes rows, so a column counts by its norm.
     size = np.sqrt((size**2).sum(axis=0)) * np.ones((len(M), 1))
     return rotation(P, layer.rotation) @ M, (1 + q) ** 2 * size
@@ -269,7 +270,7 @@ def test_merging_gives_a_plain_linear_with_the_adapted_weight(layer):
 
 @every_kind
 def test_every_gradient_is_right(kind):
-    """gradcheck of forward and dense form. A detached norm is no derivative: see the DoRA formulas."""
+    """gradcheck of forward and dense form. A detached norm has none: see DoRA."""
     kind = kind + ", full" if kind in ("dora", "dora_matrix") else kind
     layer = make(kind, m=4, n=3, r=2, r_p=1)
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
@@ -358,7 +359,8 @@ def test_autocast_touches_the_products_with_x_alone(layer):
         with torch.autocast(x.device.type, dtype=bf16):
             y = layer(x)
             assert y.dtype == layer.base(x).dtype == bf16
-            assert torch.equal(layer.adapted_weight(), W) and torch.equal(layer.merge().weight, merged)
+            assert torch.equal(layer.adapted_weight(), W)
+            assert torch.equal(layer.merge().weight, merged)
         close(layer, y, *output(layer, x), k=16)
     for factors in seen if thin() else ():
         assert all(a is b or torch.equal(a, b) for a, b in zip(factors, thin()))
@@ -430,8 +432,8 @@ def test_no_operation_asks_the_host_for_a_value(kind, device):
     """Forward and backward run on without waiting for a GPU, and can be captured in a graph."""
     names = watch(kind, device).names
     assert {"mm", "mul"} <= names
-    asking = ("local_scalar", "item", "nonzero", "equal", "matrix_exp", "eig", "svd", "check_errors",
-              "unique", "is_same_size")
+    asking = ("local_scalar", "item", "nonzero", "equal", "matrix_exp", "eig", "svd",
+              "check_errors", "unique")
     assert not [name for name in names for word in asking if word in name]
 
 
@@ -473,7 +475,8 @@ def test_a_new_method_is_its_equation_alone():
         del METHODS["scaled"]
     x, layer = torch.randn(3, 6), net[1].q_proj
     assert torch.allclose(layer(x), F.linear(x, layer.dense(), layer.bias), atol=1e-6)
-    assert {f"1.q_proj.{name}" for name in ("A", "B", "inner.weight")} <= set(adapter_state_dict(net))
+    own = {f"1.q_proj.{name}" for name in ("A", "B", "inner.weight")}
+    assert own <= set(adapter_state_dict(net))
     y = net(x)
     assert torch.allclose(merge_adapters(net)(x), y, atol=1e-5)
 
@@ -584,7 +587,8 @@ def nearly_opposite(dtype, digits, seed):
     return layer, torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype, digits", [(f32, 40), (f32, 1e5), (f64, 40), (f64, 1e8), (bf16, 40)])
+@pytest.mark.parametrize("dtype, digits", 
+                         [(f32, 40), (f32, 1e5), (f64, 40), (f64, 1e8), (bf16, 40)])
 @pytest.mark.parametrize("seed", range(10))
 def test_dora_matrix_norm_errs_by_epsilon_over_delta_squared(dtype, digits, seed):
     layer, eps = nearly_opposite(dtype, digits, seed)
@@ -596,7 +600,7 @@ def test_dora_matrix_norm_errs_by_epsilon_over_delta_squared(dtype, digits, seed
 @pytest.mark.parametrize("dtype", [f32, f64, bf16])
 @pytest.mark.parametrize("seed", range(10))
 def test_dora_matrix_norm_has_its_floor_at_epsilon_times_the_square_of_W0(dtype, seed):
-    """A sum of exactly zero has c = magnitude / √(ε‖w‖²), no other multiple; 2ε of ‖w‖² is above."""
+    """A sum of exactly zero has c = magnitude / √(ε‖w‖²), no other multiple of it."""
     layer, eps = nearly_opposite(dtype, 0.0, seed)
     layer.A.data.copy_(torch.tensor([1.0] * 8))
     layer.base.weight.data[1] = 1.0  # powers of two: the squared norm cancels without rounding
@@ -701,8 +705,9 @@ def test_the_exponential_is_e_to_the_P_up_to_angle_50(theta, seed, r_p):
     norms = torch.linalg.norm(layer.C) + torch.linalg.norm(layer.D)
     P = (layer.D @ layer.C.T - layer.C @ layer.D.T) / (norms + 1e-6).clamp(min=1)
     dense = torch.linalg.matrix_exp(torch.stack([P, P]))[0]  # torch 2.13 errs by 2e-10 on one alone
-    for mine, exact in zip(*(torch.autograd.grad((X * G).sum(), [layer.C, layer.D], retain_graph=True)
-                             for X in (R, dense))):
+    found = [torch.autograd.grad((X * G).sum(), [layer.C, layer.D], retain_graph=True)
+             for X in (R, dense)]
+    for mine, exact in zip(*found):
         close(layer, mine, exact, array(exact.norm()), k=1, eps=1e-11)
 
 
@@ -710,7 +715,7 @@ def test_the_exponential_is_e_to_the_P_up_to_angle_50(theta, seed, r_p):
 @sizes
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_sora_rotation_is_orthogonal_for_factors_of_any_sizes(kind, near, of_C, of_D):
-    """|RᵀR − I| ≤ 5e-13 in float64, with finite gradients; Cayley: 5e-11 at angles of 10⁵ and more."""
+    """|RᵀR − I| ≤ 5e-13 in float64, with finite gradients; Cayley 5e-11 at angles of 10⁵."""
     for seed in range(3):
         layer = sora(*factors(64, 4, of_C, of_D, seed, near), kind)
         R = layer.rotation_matrix()
@@ -858,7 +863,7 @@ def test_A_starts_kaiming_uniform_and_B_at_zero():
 # ------------------------------------------------------------------ what each can reach
 
 def test_a_lora_update_has_entropy_at_most_log_r_and_a_conditioned_one_has_more():
-    """The paper's first finding, as algebra: a diagonal or a rotation lifts W' − W0 out of rank r."""
+    """The paper's first finding: a diagonal or a rotation lifts W' − W0 out of rank r."""
     entropy = {}
     for kind in KINDS:
         layer = make(kind, m=24, n=24, r=2)
@@ -883,7 +888,7 @@ def test_a_lora_is_never_closer_to_a_target_than_eckart_and_young_allow(seed, r)
 
 @for_all_layers(["pre_diag"] + ROTATIONS, dtypes=(f64,), scaled=False)
 def test_a_diagonal_or_rotated_target_is_reached_by_the_parameters_that_name_it(layer):
-    """B = 0: W' is diag(d) W0, or R of it, whatever the rank of W' − W0; and a DoRA reaches diag(d) W0."""
+    """B = 0: W' is diag(d) W0, or R of it; and a DoRA reaches diag(d) W0 too."""
     layer.B.data.zero_()
     W0, d = array(layer.base.weight), array(layer.diag)[:, None]
     target = d * W0
@@ -1173,7 +1178,7 @@ BAD_ARGUMENTS = [({"r": 0}, "r must be a whole number ≥ 1, got 0"), ({"r": -2}
 
 
 @pytest.mark.parametrize("wrong, message", BAD_ARGUMENTS)
-def test_an_argument_that_cannot_be_is_refused_by_name_and_leaves_the_base_trainable(wrong, message):
+def test_a_wrong_argument_is_refused_by_name_and_leaves_the_base_trainable(wrong, message):
     base = nn.Linear(3, 2)
     with pytest.raises(ValueError, match=message):
         SORALinear(base, **wrong)
@@ -1205,7 +1210,8 @@ def test_a_weight_that_moved_to_meta_is_refused_before_it_is_read(kind):
         layer = make(kind)
         p = layer.get_parameter(name)
         owner = layer.base if name == "base.weight" else layer
-        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        moved = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        owner._parameters[name.rpartition(".")[2]] = moved
         for use in (lambda: layer(inputs(make(kind), 2)), layer.merge):
             with pytest.raises((ValueError, RuntimeError), match="device|meta"):
                 use()
@@ -1222,7 +1228,8 @@ BAD_CALLS = {
     "r must be": lambda net: adapt(net, "dora", ["0"], r=0),
     "1 missing: 1.q_proj.B": lambda net: load(net, drop="1.q_proj.B"),
     "1 unexpected: extra": lambda net: load(net, extra=torch.zeros(1)),
-    "1 no finite floats of that shape: 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(2, 6)),
+    "1 no finite floats of that shape: 1.q_proj.A (8, 6)":
+        lambda net: load(net, A=torch.zeros(2, 6)),
     "shape: 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(9, 6)),
     ": 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6).to(torch.complex64)),
     "1.q_proj.A (8, 6)": lambda net: load(net, A=[1.0]),
@@ -1336,11 +1343,11 @@ def test_a_nested_tensor_is_refused():
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     adapt(net, "lora", ["layers.1.linear1"]).eval()
     with pytest.raises(ValueError, match="enable_nested_tensor=False"):
-        net(torch.randn(2, 3, 8), src_key_padding_mask=torch.tensor([[False] * 3, [False, True, True]]))
+        net(torch.randn(2, 3, 8), src_key_padding_mask=torch.tensor([[0, 0, 0], [0, 1, 1]]).bool())
 
 
 def test_the_output_projection_of_multihead_attention_is_refused():
-    """nn.MultiheadAttention never calls out_proj; its class says so, and adapt refuses it by name."""
+    """nn.MultiheadAttention never calls out_proj, whose class says so."""
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
     with pytest.raises(TypeError, match=r"attn.out_proj must be a plain .*got NonDynamically"):
         adapt(net, "lora", ["out_proj"])
@@ -1364,10 +1371,382 @@ def test_the_price_in_floating_point_operations_and_in_bytes_kept():
     sora = count["linear"] + 3 * 2 * T * (r + q) * (d + d) + 2 * 2 * d * d * q
     assert all(sora < count[f"sora {kind}"] < 1.001 * sora for kind in rotations)
     assert kept["linear"] == 0 and kept["lora"] <= 0.05
-    assert kept["pre_diag"] <= 1.03 and kept["dora_matrix"] <= 1.033  # a detached norm keeps nothing
+    assert kept["pre_diag"] <= 1.03 and kept["dora_matrix"] <= 1.033  # no graph of a norm
     assert all(1 <= kept[f"sora {kind}"] <= 1.15 for kind in rotations)
     assert kept["dora"] > 2 * d / T  # W0 + sBA and W', each (m, n)
     with torch.no_grad():
         assert all(train_tiny.saved_bytes(layer, x) == 0 for layer in layers.values())
     merged = layers["sora exp"].merge()
     assert train_tiny.flops(merged, x) == count["linear"] and train_tiny.saved_bytes(merged, x) == 0
+
+
+# ------------------------------------------------------------------ train_tiny.py
+
+SMALL = {"DIM": 32, "LAYERS": 1, "CONTEXT": 16, "BATCH": 4, "BASE_STEPS": 4, "STEPS": 4,
+         "BENCH_SIZES": [(32, 16)], "BENCH_ROUNDS": 2}
+KEYS = {"method", "seed", "lr", "trainable", "bpb", "merged_bpb", "ms_per_step", "entropy",
+        "stable_rank", "orthogonality"}
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Run the script at a small size; returns its exit status and its results."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(train_tiny, name, value)
+
+    def run(*argv):
+        file = tmp_path / "record.json"
+        status = train_tiny.main(["--device", "cpu", "--json", str(file), *argv])
+        return status, json.loads(file.read_text())
+    return run
+
+
+def test_the_record_holds_every_method_and_seed_with_its_keys(script):
+    methods = ["full", "lora", "dora", "dora_matrix", "sora", "sora_first_order"]
+    status, record = script("--seeds", "2", "--methods", *methods)
+    by = {(r["method"], r["seed"]): r for r in record["results"]}
+    assert status == 0 and by.keys() == {(m, s) for m in methods for s in (0, 1)}
+    assert {"device", "torch", "python", "config", "base", "results"} <= record.keys()
+    assert record["base"].keys() == {"base_bpb", "target_bpb"}
+    for r in record["results"]:
+        assert r.keys() == KEYS and r["bpb"] == pytest.approx(r["merged_bpb"], abs=1e-5)
+        assert (r["orthogonality"] is not None) == r["method"].startswith("sora")
+    for seed in (0, 1):
+        assert by["dora", seed]["bpb"] == pytest.approx(by["dora_matrix", seed]["bpb"], abs=1e-5)
+        assert by["sora", seed]["orthogonality"] < 1e-6
+        assert by["sora_first_order", seed]["orthogonality"] > 1e-6
+    assert by["sora", 0]["bpb"] != by["sora", 1]["bpb"]
+
+
+def test_rows_at_equal_parameters_have_about_equal_parameters():
+    base = train_tiny.GPT()
+    count = {}
+    for name in train_tiny.METHODS:
+        trained = train_tiny.adapted(base, name, 0).parameters()
+        count[name] = sum(p.numel() for p in trained if p.requires_grad)
+    assert count["lora_r13"] == pytest.approx(count["sora"], rel=0.01)
+    assert count["sora_r3"] == pytest.approx(count["lora"], rel=0.01)
+    assert count["sora_no_diag"] < count["sora"]
+
+
+def test_the_table_of_five_seeds_of_all_rows_fits_100_columns(capsys):
+    results = []
+    for name in train_tiny.METHODS:
+        for seed in range(5):
+            results.append({"method": name, "seed": seed, "trainable": 445952,
+                            "bpb": 2.5 + seed / 9, "merged_bpb": 2.5,
+                            "ms_per_step": 999.9, "entropy": 4.0,
+                            "orthogonality": 1e-7 if "sora" in name else None})
+    train_tiny.report({"results": results, "config": {"parameters": 445952},
+                       "base": {"target_bpb": 3.0}})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(train_tiny.METHODS) + 2 and max(map(len, lines)) <= 100
+    assert lines[3].startswith("lora ") and "+0.0000 ± 0.0000" in lines[3]
+
+
+def test_the_difference_from_lora_is_paired_with_its_standard_error(capsys):
+    rest = {"trainable": 1, "merged_bpb": 2.0, "ms_per_step": 1.0, "entropy": 1.0,
+            "orthogonality": None}
+    results = [{"method": m, "seed": s, "bpb": bpb, **rest} for m, s, bpb in
+               [("lora", 0, 2.0), ("lora", 1, 3.0), ("dora", 0, 2.1), ("dora", 1, 3.3)]]
+    record = {"results": results, "config": {"parameters": 1}, "base": {"target_bpb": 3.0}}
+    train_tiny.report(record)
+    assert "+0.2000 ± 0.1000" in capsys.readouterr().out
+
+
+def test_a_method_that_diverges_is_a_row_and_the_rest_stands(script, monkeypatch, capsys):
+    monkeypatch.setitem(train_tiny.METHODS, "sora", ("sora", {}, 1e30))
+    status, record = script("--methods", "full", "lora", "sora")
+    bpb = {r["method"]: r["bpb"] for r in record["results"]}
+    row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sora ")]
+    assert status == 0 and "diverged" in row[0]
+    assert bpb["sora"] is None and 0 < bpb["full"] < 10 and 0 < bpb["lora"] < 10
+
+
+def interrupt_at_seed(monkeypatch, seed):
+    adapted = train_tiny.adapted
+
+    def interrupted(base, name, s):
+        if s == seed:
+            raise KeyboardInterrupt
+        return adapted(base, name, s)
+    monkeypatch.setattr(train_tiny, "adapted", interrupted)
+
+
+def test_an_interrupt_keeps_what_is_finished_and_exits_with_130(script, monkeypatch, capsys):
+    interrupt_at_seed(monkeypatch, 1)
+    status, record = script("--methods", "lora", "sora", "--seeds", "3")
+    out = capsys.readouterr().out
+    assert status == 130 and [r["method"] for r in record["results"]] == ["lora", "sora"]
+    assert "bits/byte" in out and out.splitlines()[-1].startswith("Interrupted: 2 results")
+
+
+def test_an_interrupt_before_any_result_is_one_calm_line(monkeypatch, capsys):
+    monkeypatch.setattr(train_tiny, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train_tiny.main(["--device", "cpu"]) == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Interrupted: 0 results")
+
+
+def test_the_record_is_written_before_anything_is_printed_about_it(script, monkeypatch, tmp_path):
+    def broken(record):
+        raise BrokenPipeError
+    monkeypatch.setattr(train_tiny, "report", broken)
+    with pytest.raises(BrokenPipeError):
+        script("--methods", "lora", "dora")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [r["method"] for r in record["results"]] == ["lora", "dora"]
+
+
+def test_any_console_will_do_for_training_reach_and_bench():
+    code = f"import train_tiny\nvars(train_tiny).update({SMALL})\n"
+    for flag in ("--quick", "--reach", "--bench"):
+        code += f"train_tiny.main(['--device', 'cpu', '--steps', '2', '{flag}'])\n"
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252",
+                   "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in (b"bits/byte", b"best rank r", b"GFLOP"))
+
+
+def test_lora_reaches_the_bound_of_its_rank_and_sora_alone_a_rotation(script, monkeypatch):
+    monkeypatch.setattr(train_tiny.minisora, "METHODS",
+                        {name: train_tiny.minisora.METHODS[name] for name in ("lora", "sora")})
+    rows = {row["target"]: row for row in script("--reach", "--steps", "60")[1]["results"]}
+    assert len(rows) == 4 and rows["low rank"]["sora"] < 0.1
+    for row in rows.values():
+        assert row["lora"] == pytest.approx(row["best rank r"], abs=0.03)
+    assert rows["rotation"]["sora"] < 0.1 and rows["rotation"]["lora"] > 0.5
+
+
+def test_the_bench_has_a_row_for_each_layer(script, capsys):
+    results = script("--bench")[1]["results"]
+    assert [r["layer"] for r in results] == [
+        "linear", "lora", "dora", "dora as in PEFT", "dora_matrix", "pre_diag",
+        "sora exp", "sora cayley", "sora first_order"]
+    assert results[1]["/ lora"] == 1 and all(r["ms"] > 0 for r in results)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and lines[-1].startswith("sora first_order")
+
+
+def test_dora_as_in_peft_is_dora():
+    layers = train_tiny.bench_layers(16, torch.device("cpu"), torch.float32)
+    layer, original = layers["dora as in PEFT"], layers["dora"]
+    original.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 16)
+    assert torch.allclose(layer(x), original(x), atol=1e-5)
+    layer(x).square().sum().backward()
+    original(x).square().sum().backward()
+    for name in ("A", "B", "magnitude"):
+        own, other = getattr(layer, name).grad, getattr(original, name).grad
+        assert torch.allclose(own, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("command", [
+    "--json no/where.json", "--json .", "--steps 0", "--seeds 0", "--device mps", "--device cuda"])
+def test_what_cannot_be_done_is_refused_with_status_2(command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as info:
+        train_tiny.main(command.split())
+    assert info.value.code == 2 and command.split()[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ two processes
+
+DDP_SCRIPT = '''
+import sys
+import torch
+from minisora import METHODS, adapt
+
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+
+def gradients(method, wrap, part):
+    torch.manual_seed(0)
+    body = [torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)]
+    model = adapt(torch.nn.Sequential(*body), method, ["0", "2"])
+    model[3].requires_grad_(True)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(16, 8)[part]
+    wrapped = wrap(model)  # kept to the end: when it goes, so does the averaging
+    wrapped(x).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+for method in METHODS:
+    both = gradients(method, torch.nn.parallel.DistributedDataParallel, slice(rank, None, 2))
+    alone = gradients(method, lambda model: model, slice(None))
+    for name in alone:
+        assert alone[name].abs().max() > 0, (method, name)
+        torch.testing.assert_close(both[name], alone[name], rtol=1e-4, atol=1e-6)
+torch.distributed.destroy_process_group()
+'''
+
+
+def test_distributed_data_parallel_gives_the_gradients_of_one_process(tmp_path):
+    def start(rank):
+        command = [sys.executable, "-c", DDP_SCRIPT, str(rank), str(tmp_path / "meeting")]
+        return subprocess.Popen(command, cwd=HERE,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    workers = [start(rank) for rank in range(2)]
+    try:
+        for worker in workers:
+            output, _ = worker.communicate(timeout=120)
+            assert worker.returncode == 0, output
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+# ------------------------------------------------------------------ the README
+
+HERE = pathlib.Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def table(heading):
+    """The rows, as lists of cells, of the first table under a heading."""
+    lines = README.split(f"\n## {heading}\n", 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = [line.strip("|").split(" | ") for line in lines[start:lines.index("", start)]]
+    return rows[2:]
+
+
+def test_readme_names_tests_that_exist_and_lines_that_are_right():
+    for row in table("Equation, code, proof"):
+        assert re.findall(r"`(test_\w+)`", row[2]), row
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert callable(globals()[name]), name
+    links = re.findall(r"\[`([\w.]+)`\]\(minisora\.py#L(\d+)\)", README)
+    assert {cls.__name__ for cls in METHODS.values()} <= {name for name, _ in links}
+    for name, line in links:
+        assert inspect.getsourcelines(getattr(minisora, name))[1] == int(line), name
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_readme_python_blocks_run_and_leave_no_file_behind(i, tmp_path):
+    """Each as a script of its own; their asserts are the recipes' promises."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", BLOCKS[i]], cwd=tmp_path, capture_output=True,
+                          text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def copied(names):
+    """These names of the module alone, in a namespace with torch and math."""
+    namespace = {"torch": torch, "math": math}
+    for name in names:
+        exec(inspect.getsource(getattr(minisora, name)), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("kind", THIN + ["dora"])
+def test_a_class_copies_out_with_the_names_the_readme_says_and_no_fewer(kind):
+    """It trains and merges, and says the same."""
+    layer = make(kind)
+    name, options = type(layer).__name__, KINDS[kind][1]
+    names = {row[0].strip("` "): re.findall(r"`(\w+)`", row[1])
+             for row in table("Copy one layer out")}[name]
+    if name == "SORALinear":
+        options = {**options, "r_p": 2}
+    twin = copied(names)[name](copy.deepcopy(layer.base), 3, 5, **options)
+    twin.load_state_dict(layer.state_dict())
+    assert train(twin) == train(layer)
+    assert torch.equal(twin.merge().weight, layer.merge().weight)
+    for spare in names:
+        with pytest.raises((NameError, KeyError)):
+            layer = copied([other for other in names if other != spare])[name](nn.Linear(3, 2))
+            layer(torch.zeros(1, 3))
+
+
+def readme_block(text):
+    """The names that the README's Python block with this text defines."""
+    namespace = {}
+    exec(next(block for block in BLOCKS if text in block), namespace)
+    return namespace
+
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": "a regular.*expression",
+          "bias": "none", "init_lora_weights": True, "lora_dropout": 0.1, "peft_version": "0.21.2",
+          "megatron_core": "megatron.core", "qalora_group_size": 16, "inference_mode": True,
+          "use_dora": False, "use_rslora": False, "rank_pattern": {}, "modules_to_save": None}
+
+
+def peft_model():
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 5), "o_proj": torch.nn.Linear(5, 6)})
+
+
+def peft_file(dora):
+    """The tensors of a file with PEFT's key names, for q_proj alone."""
+    key = "base_model.model.q_proj.lora_"
+    tensors = {key + "A.weight": torch.randn(2, 6), key + "B.weight": torch.randn(5, 2)}
+    if dora:
+        tensors[key + "magnitude_vector"] = torch.rand(5)
+    return tensors
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_peft_file_becomes_the_weight_that_peft_writes_down_and_comes_back(dora):
+    readme = readme_block("def from_peft")
+    tensors = peft_file(dora)
+    A, B, *magnitude = tensors.values()
+    method, targets, kwargs, state = readme["from_peft"]({**CONFIG, "use_dora": dora}, tensors)
+    model = adapt(peft_model(), method, targets, **kwargs)
+    load_adapter_state_dict(model, state)
+    W = model["q_proj"].W0 + 6 / 2 * B @ A
+    if dora:
+        W = magnitude[0][:, None] * W / W.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model["q_proj"].adapted_weight(), W)
+    assert type(model["o_proj"]) is torch.nn.Linear
+    config, back = readme["to_peft"](method, targets, kwargs, adapter_state_dict(model))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 6)
+    assert config["use_dora"] is dora and config["target_modules"] == ["q_proj"]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("peft_type", "IA3"), ("use_rslora", True), ("alpha_pattern", {"q_proj": 4}),
+    ("rank_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"), ("modules_to_save", ["head"]), ("bias", "all"),
+    ("bias", "lora_only"), ("lora_bias", True), ("fan_in_fan_out", True), ("use_qalora", True),
+    ("use_bdlora", {"nblocks": 2}), ("layer_replication", [[0, 1]]),
+    ("trainable_token_indices", [1]), ("target_parameters", ["q_proj.weight"]),
+    ("alora_invocation_tokens", [1]), ("megatron_config", {"size": 1}),
+    ("a_field_of_the_future", True)])
+def test_a_peft_setting_that_means_another_function_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        readme_block("def from_peft")["from_peft"]({**CONFIG, field: value}, peft_file(False))
+
+
+@pytest.mark.parametrize("key", [
+    "q_proj.lora_A.weight", "base_model.model.head.weight", "base_model.model.q_proj.lora_B.bias",
+    "base_model.model.q_proj.lora_embedding_A"])
+def test_a_peft_tensor_that_is_no_linears_adapter_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=key):
+        readme_block("def from_peft")["from_peft"](CONFIG, {key: torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_lora_and_dora_go_to_peft_and_nothing_trained_beside_them(method):
+    to_peft = readme_block("def from_peft")["to_peft"]
+    kwargs = {"r": 2, "lora_alpha": 6}
+    model = adapt(peft_model(), method, "q_proj", **kwargs)
+    if method in ("pre_diag", "sora"):
+        with pytest.raises(ValueError, match=method):
+            to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
+    else:
+        to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
+    model["o_proj"].requires_grad_(True)
+    with pytest.raises(ValueError, match=method):
+        to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
