@@ -36,11 +36,11 @@ class Adapter(torch.nn.Module):
     write dense(), the equation W' (m, n). With an entry in METHODS it is right, saved and merged.
     thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters, norms, R and W' have W0's dtype, float32 on a half precision base, under autocast
-    too; products with x, and y, the dtype that the base gives them. W' = W0 at the start, with A
-    Kaiming-uniform(√5) as in loralib and B zero; base weights loaded later leave DoRA's
-    magnitude stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1),
-    lora_alpha (finite, not 0) or an x that will not do. Source: LoRA (arXiv 2106.09685).
+    Parameters and W' have W0's dtype, float32 on a half precision base, under autocast too; the
+    products with x, and y, have the dtype that the base gives them. A starts Kaiming-uniform(√5)
+    as in loralib, B at zero, so that W' = W0; base weights loaded later leave DoRA's magnitude
+    stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1), lora_alpha
+    (finite, not 0) or an x that will not do. Source: LoRA (arXiv 2106.09685).
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -48,7 +48,7 @@ class Adapter(torch.nn.Module):
         self.check_base(base)
         self.check_rank("r", r)
         if not hasattr(lora_alpha, "__float__") or not 0 < abs(lora_alpha) < math.inf:
-            raise ValueError(f"lora_alpha must be a finite number other than 0, got {lora_alpha!r}")
+            raise ValueError(f"lora_alpha must be finite and not 0, got {lora_alpha!r}")
         self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha) / int(r)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
@@ -65,13 +65,11 @@ class Adapter(torch.nn.Module):
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if (not plain or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
                 or weight.dtype not in floats or weight.is_meta or weight.numel() == 0):
-            got = f"{type(base).__name__}, weight {type(weight).__name__}"
-            if torch.is_tensor(weight):
-                got += f" {tuple(weight.shape)}, {weight.dtype}, {weight.device}"
             raise TypeError(
-                f"{name} must be a plain nn.Linear without hooks or a forward of its own, with a "
-                "parameter of 16, 32 or 64 bit floats as weight: not computed, quantised, sharded, "
-                f"empty or on meta; got {got}")
+                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, whose "
+                "weight is a non-empty nn.Parameter of 16, 32 or 64 bit floats: not computed, "
+                f"quantised, sharded or on meta. Got {base}, weight {type(weight).__name__}, "
+                f"{getattr(weight, 'dtype', None)}, {getattr(weight, 'device', None)}")
 
     @staticmethod
     def check_rank(name, value):
@@ -80,7 +78,7 @@ class Adapter(torch.nn.Module):
 
     def check_devices(self, *inputs):
         # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
-        devices = {str(tensor.device) for tensor in (*inputs, *self.parameters())}
+        devices = {tensor.device for tensor in (*inputs, *self.parameters())}
         if len(devices) > 1:
             raise ValueError(f"the layer and its input must be on one device, got {devices}")
 
@@ -128,19 +126,18 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A new plain nn.Linear with weight W', frozen like the base. The layer stays as it is.
+        """A new nn.Linear with weight W', frozen like the base; the layer stays as it is.
 
-        Raises ValueError if an entry of W' is not finite. There is no unmerge: keep the layer.
+        Raises ValueError if W' is not finite. There is no unmerge: keep the layer.
         """
         weight = self.weight
         if not weight.isfinite().all():
-            raise ValueError(f"{type(self).__name__}.merge: W' has entries that are not finite")
-        has_bias = self.bias is not None
-        merged = torch.nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
-        merged.weight = torch.nn.Parameter(weight, requires_grad=False)
-        if has_bias:
-            merged.bias = torch.nn.Parameter(self.bias.clone(), requires_grad=False)
-        return merged.train(self.training)
+            raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
+        merged = torch.nn.Linear(self.in_features, self.out_features, device="meta")
+        merged.weight, merged.bias = torch.nn.Parameter(weight), None
+        if self.bias is not None:
+            merged.bias = torch.nn.Parameter(self.bias.clone())
+        return merged.requires_grad_(False).train(self.training)
 
     def extra_repr(self):
         shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
@@ -161,9 +158,9 @@ class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
-    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3);
-    with G that of W' and ŵ = w / ‖w‖ for a row w of W, w then gets cG, else c(G − ⟨G, ŵ⟩ŵ);
-    magnitude gets ⟨G, ŵ⟩. A row w = 0 has no direction: it stays 0 and gets 0.
+    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
+    With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, w then gets cG, else
+    c(G − ⟨G, ŵ⟩ŵ), and magnitude ⟨G, ŵ⟩. A row w = 0 stays 0 and gets 0.
     Source: DoRA (arXiv 2402.09353).
     """
 
@@ -231,8 +228,8 @@ def rotation_factors(C, D, rotation="exp"):
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
 
-    C, D: (m, r_p), any float dtype. s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) makes the angles grow
-    linearly with the factors; it does not bound them. Returns float64, or float32 on mps.
+    C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
+    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): the angles grow linearly with the factors, unbounded.
     Raises ValueError for another rotation.
     Source: P and s_P from the authors' code; the thin exact R is own derivation.
     """
@@ -331,8 +328,8 @@ def adapt(model, method, target_modules, **kwargs):
     or several; a name matches each module whose dotted name is it or ends in "." + it, as in
     Hugging Face PEFT. A linear at several places is wrapped once, and shared. A model without
     adapters is frozen first; in one that has some, what trains keeps training.
-    Raises ValueError for an unknown method, a name without a match, an adapted layer, TypeError
-    for a base that Adapter refuses; the model is then unchanged.
+    Raises ValueError for a method or a name that matches nothing or an adapter, TypeError for a
+    base that Adapter refuses; the model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -342,12 +339,12 @@ def adapt(model, method, target_modules, **kwargs):
     for name, module in model.named_modules(remove_duplicate=False):
         if module in inside:
             continue
+        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        if hits:
+            bases[name] = module
+            unmatched.difference_update(hits)
         if type(module) is torch.nn.Linear:
             linears.add(name.rpartition(".")[2])
-        for target in targets:
-            if f".{name}".endswith(f".{target}"):
-                bases[name] = module
-                unmatched.discard(target)
     if unmatched or not targets:
         raise ValueError(f"target_modules {sorted(unmatched)} match no module; "
                          f"the nn.Linears are named {sorted(linears)}")
@@ -387,15 +384,15 @@ def trained_parameters(model):
     for _, layer in adapters(model):
         tensors = set(layer.parameters()) - set(layer.base.parameters())
         own |= tensors
-        if layer.A.dim() != 2:  # FSDP1 leaves flat pieces
+        if layer.A.dim() != 2:  # a flat piece of FSDP1
             pieces |= tensors
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
         if p in pieces or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
             raise ValueError(
                 f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
-                "Gather first, with FSDP.summon_full_params, or get_model_state_dict of torch."
-                "distributed.checkpoint.state_dict and full_state_dict=True; load before sharding")
+                "Gather it first, by FSDP.summon_full_params or get_model_state_dict with "
+                "full_state_dict=True (torch.distributed.checkpoint); load before sharding")
     return trained
 
 
@@ -416,25 +413,24 @@ def load_adapter_state_dict(model, state):
     shape, no plain floats or not finite; nothing is then copied.
     """
     own, ready = trained_parameters(model), {}
-    wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(),
-             "no finite floats of that shape": set()}
+    missing, wrong = [name for name in own if name not in state], []
+    unexpected = [name for name in state if name not in own]
     for name in own.keys() & state.keys():
         tensor, p = state[name], own[name]
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
         if plain and tensor.is_floating_point() and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
         if name not in ready or not ready[name].isfinite().all():
-            wrong["no finite floats of that shape"].add(f"{name} {tuple(p.shape)}")
-    problems = []
-    for what, names in wrong.items():
-        if names:
-            problems.append(f"{len(names)} {what}: {', '.join(sorted(map(str, names))[:3])}")
-    if wrong["missing"] and wrong["unexpected"]:
-        mine, theirs = min(wrong["missing"]), min(map(str, wrong["unexpected"]))
-        if theirs.endswith(mine):
-            problems.append(f"the state's names have a prefix, {theirs.removesuffix(mine)!r}")
-    if problems:
-        raise ValueError("the state does not fit: " + "; ".join(problems))
+            wrong.append(f"{name} {tuple(p.shape)}")
+    if missing or unexpected or wrong:
+        message = "the state does not fit:"
+        for what, names in (("missing", missing), ("unexpected", unexpected),
+                            ("without finite floats of that shape", wrong)):
+            if names:
+                message += f" {len(names)} {what}: {', '.join(map(str, names[:3]))};"
+        if missing and unexpected and str(unexpected[0]).endswith(missing[0]):
+            message += f" its names have a prefix, {unexpected[0].removesuffix(missing[0])!r}"
+        raise ValueError(message)
     for name, tensor in ready.items():
         own[name].copy_(tensor)
 
