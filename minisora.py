@@ -413,10 +413,13 @@ def load_adapter_state_dict(model, state):
     shape, no plain floats or not finite; nothing is then copied.
     """
     own, ready = trained_parameters(model), {}
-    missing, wrong = [name for name in own if name not in state], []
-    unexpected = [name for name in state if name not in own]
-    for name in own.keys() & state.keys():
-        tensor, p = state[name], own[name]
+    missing = [name for name in own if name not in state]
+    unexpected = [str(name) for name in state if name not in own]
+    wrong = []
+    for name, p in own.items():
+        if name in missing:
+            continue
+        tensor = state[name]
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
         if plain and tensor.is_floating_point() and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
@@ -427,8 +430,8 @@ def load_adapter_state_dict(model, state):
         for what, names in (("missing", missing), ("unexpected", unexpected),
                             ("without finite floats of that shape", wrong)):
             if names:
-                message += f" {len(names)} {what}: {', '.join(map(str, names[:3]))};"
-        if missing and unexpected and str(unexpected[0]).endswith(missing[0]):
+                message += f" {len(names)} {what}: {', '.join(names[:3])};"
+        if missing and unexpected and unexpected[0].endswith(missing[0]):
             message += f" its names have a prefix, {unexpected[0].removesuffix(missing[0])!r}"
         raise ValueError(message)
     for name, tensor in ready.items():
