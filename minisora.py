@@ -24,6 +24,7 @@ y = d ∘ (W0 x) + up (down x) + b.
     state = adapter_state_dict(model)  # all that training changed
     model = merge_adapters(model)      # plain nn.Linears again
 """
+import copy
 import math
 
 import torch
@@ -65,11 +66,12 @@ class Adapter(torch.nn.Module):
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if (not plain or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
                 or weight.dtype not in floats or weight.is_meta or weight.numel() == 0):
+            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
-                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, whose "
-                "weight is a non-empty nn.Parameter of 16, 32 or 64 bit floats: not computed, "
-                f"quantised, sharded or on meta. Got {base}, weight {type(weight).__name__}, "
-                f"{getattr(weight, 'dtype', None)}, {getattr(weight, 'device', None)}")
+                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, its "
+                "weight a non-empty nn.Parameter of 16, 32 or 64 bit floats: not computed, "
+                "quantised, sharded or on meta; "
+                f"got {type(base).__name__}, weight {type(weight).__name__} {got}")
 
     @staticmethod
     def check_rank(name, value):
@@ -107,10 +109,9 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x):
         """x (…, n) -> y = x W'ᵀ + b (…, m)."""
-        if x.is_nested:
-            raise ValueError("x is nested (nn.TransformerEncoder: enable_nested_tensor=False)")
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features last, got {tuple(x.shape)}")
+        if x.is_nested or x.shape[-1:] != (self.in_features,):
+            got = "a nested tensor (enable_nested_tensor=False)" if x.is_nested else tuple(x.shape)
+            raise ValueError(f"x must have {self.in_features} features last, got {got}")
         self.check_devices(x)
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
@@ -120,9 +121,8 @@ class Adapter(torch.nn.Module):
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
         update = torch.nn.functional.linear(h, up.to(h.dtype), self.bias)  # (…, m)
-        if d is None:
-            return y0 + update
-        return (d * y0 + update).to(y0.dtype)  # d in float32: bfloat16 would round 1.003 to 1
+        y = y0 if d is None else d * y0  # d in float32: bfloat16 would round 1.003 to 1
+        return (y + update).to(y0.dtype)
 
     @torch.no_grad()
     def merge(self):
@@ -133,11 +133,9 @@ class Adapter(torch.nn.Module):
         weight = self.weight
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
-        merged = torch.nn.Linear(self.in_features, self.out_features, device="meta")
-        merged.weight, merged.bias = torch.nn.Parameter(weight), None
-        if self.bias is not None:
-            merged.bias = torch.nn.Parameter(self.bias.clone())
-        return merged.requires_grad_(False).train(self.training)
+        merged = copy.deepcopy(self.base)
+        merged.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return merged.train(self.training)
 
     def extra_repr(self):
         shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
@@ -269,10 +267,9 @@ def rotation_factors(C, D, rotation="exp"):
 class SORALinear(Adapter):
     """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of the outputs in 2 r_p dimensions.
 
-    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move.
-    diag (m,) as in Pre-Diag, rotation as in rotation_factors.
-    Raises ValueError for another rotation or for r_p (a whole number ≥ 1).
-    Source: the paper's framework figure; the start from the authors' code.
+    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move. diag
+    (m,) as in Pre-Diag. Raises ValueError for r_p (a whole number ≥ 1), or a rotation that
+    rotation_factors lacks. Source: the paper's framework figure; the start from the authors' code.
     """
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):

@@ -18,6 +18,7 @@ import pickle
 import re
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -283,9 +284,10 @@ def test_every_gradient_is_right(kind):
 
 
 @every_kind
-def test_the_first_gradient_reaches_all_that_should_train(kind):
+@pytest.mark.parametrize("dtype", [f32, f64, bf16, f16])
+def test_the_first_gradient_reaches_all_that_should_train(kind, dtype):
     """At step 0 B, magnitude, diag, C and D get a gradient; A gets exactly none, since B = 0."""
-    layer = make(kind, trained=False)
+    layer = make(kind, trained=False, dtype=dtype)
     layer(inputs(layer, 4)).square().sum().backward()
     for name, p in layer.named_parameters(recurse=False):
         assert p.grad.any() == (name != "A"), name
@@ -389,6 +391,15 @@ def test_compile_and_checkpointing_change_nothing(kind):
         close(layer, again, y, size)
         for name, g in gradients(again, 1.0, layer, x).items():
             close(layer, g, plain[name], size)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_first_checkpointed_block_learns_only_with_use_reentrant_false(use_reentrant):
+    first, second = make("sora, exp", m=7), make("dora")
+    x = inputs(first, 3)
+    second(checkpoint(first, x, use_reentrant=use_reentrant)).sum().backward()
+    assert second.B.grad.any() and (first.B.grad is None) == use_reentrant
 
 
 @every_kind
@@ -1071,6 +1082,19 @@ def test_merge_adapters_leaves_plain_linears_of_the_same_function(method):
     assert picture(merge_adapters(net)) == picture(net)  # nothing left to do
 
 
+def test_merging_a_model_lets_each_base_go_before_the_next_is_merged(monkeypatch):
+    """On trial all three are there; then one less each time."""
+    net, merge, counts = model("lora", ["0", "q_proj", "out"]), LoRALinear.merge, []
+    alive = [weakref.ref(layer) for _, layer in minisora.adapters(net)]
+
+    def counting(layer):
+        counts.append(sum(layer() is not None for layer in alive))
+        return merge(layer)
+    monkeypatch.setattr(LoRALinear, "merge", counting)
+    merge_adapters(net)
+    assert counts == [3, 3, 3, 3, 2, 1]
+
+
 def test_a_layer_that_is_the_whole_model_is_adapted_and_merged():
     base = nn.Linear(3, 2)
     layer = adapt(base, "lora", [""])
@@ -1136,7 +1160,7 @@ BAD_BASES = {
     "float8_e4m3fn": lambda: linear(weight=nn.Parameter(torch.ones(2, 3).to(torch.float8_e4m3fn))),
     "complex64": lambda: linear(torch.complex64),
     "meta": lambda: nn.Linear(3, 2, device="meta"),
-    "out_features=0": lambda: nn.Linear(3, 0),
+    "Size([0, 3])": lambda: nn.Linear(3, 0),
     "a forward of its own": lambda: linear(forward=lambda x: x),
     "hook": hooked,
 }
@@ -1640,8 +1664,8 @@ def test_readme_python_blocks_run_and_leave_no_file_behind(i, tmp_path):
 
 
 def copied(names):
-    """These names of the module alone, in a namespace with torch and math."""
-    namespace = {"torch": torch, "math": math}
+    """These names of the module alone, in a namespace with copy, math and torch."""
+    namespace = {"copy": copy, "math": math, "torch": torch}
     for name in names:
         exec(inspect.getsource(getattr(minisora, name)), namespace)
     return namespace

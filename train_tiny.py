@@ -325,12 +325,13 @@ def bench_layers(dim, device, dtype):
     """{label: layer} of an nn.Linear and of every method around a copy, away from its start."""
     torch.manual_seed(0)
     layers = {"linear": nn.Linear(dim, dim, device=device, dtype=dtype).requires_grad_(False)}
-    kinds = {**minisora.METHODS, "dora as in PEFT": PEFTDoRA}
-    for label in ("lora", "dora", "dora as in PEFT", "dora_matrix", "pre_diag",
-                  "sora exp", "sora cayley", "sora first_order"):
-        name, _, rotation = label.partition(" ") if label not in kinds else (label, "", "")
-        arguments = {"rotation": rotation} if rotation else {}
-        layer = kinds[name](copy.deepcopy(layers["linear"]), r=16, lora_alpha=32, **arguments)
+    kinds = {"lora": (minisora.LoRALinear, {}), "dora": (minisora.DoRALinear, {}),
+             "dora as in PEFT": (PEFTDoRA, {}), "dora_matrix": (minisora.DoRAMatrixLinear, {}),
+             "pre_diag": (minisora.PreDiagLinear, {})}
+    for rotation in ("exp", "cayley", "first_order"):
+        kinds[f"sora {rotation}"] = minisora.SORALinear, {"rotation": rotation}
+    for label, (kind, arguments) in kinds.items():
+        layer = kind(copy.deepcopy(layers["linear"]), r=16, lora_alpha=32, **arguments)
         for p in layer.parameters(recurse=False):
             p.data += 0.02 * torch.randn_like(p)
         layers[label] = layer
@@ -411,7 +412,9 @@ def arguments(argv):
     add("--bench", action="store_true", help="time single layers instead")
     args = parser.parse_args(argv)
     if args.steps is None:
-        args.steps = 12 if args.quick else REACH_STEPS if args.reach else STEPS
+        args.steps = REACH_STEPS if args.reach else STEPS
+        if args.quick:
+            args.steps = 12
     args.base_steps = 60 if args.quick else BASE_STEPS
     args.methods = list(dict.fromkeys(args.methods))
     if min(args.seeds, args.steps) < 1:
@@ -447,8 +450,12 @@ def main(argv=None):
     print(f"torch {record['torch']}, Python {record['python']}, {device}, "
           f"{torch.get_num_threads()} CPU threads\n", flush=True)
     try:
-        run = bench if args.bench else reach if args.reach else experiment
-        run(args, record)
+        if args.bench:
+            bench(args, record)
+        elif args.reach:
+            reach(args, record)
+        else:
+            experiment(args, record)
     except KeyboardInterrupt:
         status = 130
     finally:  # whatever happened, show what was finished
