@@ -1373,7 +1373,7 @@ def test_a_nested_tensor_is_refused():
 def test_the_output_projection_of_multihead_attention_is_refused():
     """nn.MultiheadAttention never calls out_proj, whose class says so."""
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(TypeError, match=r"attn.out_proj must be exactly .*Got NonDynamically"):
+    with pytest.raises(TypeError, match=r"attn.out_proj must be exactly .*got NonDynamically"):
         adapt(net, "lora", ["out_proj"])
 
 
