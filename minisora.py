@@ -48,15 +48,15 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.check_base(base)
         self.check_rank("r", r)
-        if not hasattr(lora_alpha, "__float__") or not 0 < abs(lora_alpha) < math.inf:
+        self.r, self.lora_alpha = int(r), lora_alpha
+        self.scaling = float(lora_alpha) / self.r if hasattr(lora_alpha, "__float__") else math.nan
+        if not 1e-30 < abs(self.scaling) < 1e30:
             raise ValueError(f"lora_alpha must be finite and not 0, got {lora_alpha!r}")
-        self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha) / int(r)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
         self.A = torch.nn.Parameter(self.W0.new_empty(self.r, self.in_features))
         self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, self.r))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.train(base.training)
         base.requires_grad_(False)  # last: a layer that fails leaves its base as it was
 
     @staticmethod
@@ -64,21 +64,30 @@ class Adapter(torch.nn.Module):
         weight = getattr(base, "_parameters", {}).get("weight")
         plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if (not plain or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
-                or weight.dtype not in floats or weight.is_meta or weight.numel() == 0):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if (not plain or "forward" in vars(base) or any(getattr(base, hook) for hook in hooks)
+                or weight.dtype not in floats or weight.layout != torch.strided or weight.is_meta
+                or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0):
             got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
                 f"{name} must be exactly an nn.Linear without hooks or a forward of its own, its "
-                "weight a non-empty nn.Parameter of 16, 32 or 64 bit floats: not computed, "
-                "quantised, sharded or on meta; "
+                "weight an nn.Parameter (out_features ≥ 1, in_features ≥ 1) of 16, 32 or 64 bit "
+                "floats: not computed, quantised, sharded, sparse or on meta; "
                 f"got {type(base).__name__}, weight {type(weight).__name__} {got}")
 
     @staticmethod
     def check_rank(name, value):
-        if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+        try:
+            whole = value.__index__() >= 1 and not isinstance(value, bool)
+        except (AttributeError, TypeError):
+            whole = False
+        if not whole:
             raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
 
-    def check_devices(self, *inputs):
+    def check_place(self, *inputs):
+        W0 = self.base.weight
+        if W0.shape != (self.out_features, self.in_features) or hasattr(W0, "placements"):
+            raise ValueError("the base's weight is sharded; gather the model first")
         # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
         devices = {tensor.device for tensor in (*inputs, *self.parameters())}
         if len(devices) > 1:
@@ -100,7 +109,7 @@ class Adapter(torch.nn.Module):
 
     def adapted_weight(self):
         """dense(), W' (m, n), differentiable, in float32 or wider."""
-        self.check_devices()
+        self.check_place()
         with torch.autocast(self.A.device.type, enabled=False):
             return self.dense()
 
@@ -112,11 +121,12 @@ class Adapter(torch.nn.Module):
         if x.is_nested or x.shape[-1:] != (self.in_features,):
             got = "a nested tensor (enable_nested_tensor=False)" if x.is_nested else tuple(x.shape)
             raise ValueError(f"x must have {self.in_features} features last, got {got}")
-        self.check_devices(x)
+        self.check_place(x)
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            W = self.adapted_weight().to(self.base.weight.dtype)  # (m, n)
+            return torch.nn.functional.linear(x, W, self.bias)
         d, up, down = thin
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
@@ -130,12 +140,12 @@ class Adapter(torch.nn.Module):
 
         Raises ValueError if W' is not finite. There is no unmerge: keep the layer.
         """
-        weight = self.weight
+        weight = self.adapted_weight().to(self.base.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
         merged = copy.deepcopy(self.base)
         merged.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return merged.train(self.training)
+        return merged
 
     def extra_repr(self):
         shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
@@ -191,8 +201,9 @@ class DoRAMatrixLinear(DoRALinear):
         if self.detach_norm:
             A, B = A.detach(), B.detach()  # already here, so that no graph of the norm is kept
         W0, sB = self.base.weight, self.scaling * B
+        wide = torch.promote_types(A.dtype, torch.float32)
         # ‖w + sbA‖² = ‖w‖² + 2 sb·(Aw) + sb (AAᵀ) sbᵀ for a row w of W0 and b of B: each term (m,)
-        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=A.dtype).square()
+        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=wide).square()
         cross = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
         u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
         floor = torch.finfo(W0.dtype).eps * w2
@@ -222,7 +233,7 @@ class PreDiagLinear(Adapter):
 def rotation_factors(C, D, rotation="exp"):
     """Thin L and V (m, 2 r_p) of R = I + LVᵀ, the rotation by P = s_P (DCᵀ − CDᵀ).
 
-        exp           R = e^P
+        exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 100
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
 
@@ -248,7 +259,7 @@ def rotation_factors(C, D, rotation="exp"):
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
     if rotation == "exp":
         # The [4/4] Padé approximant at P/2⁹, squared nine times: (I + UKVᵀ)² = I + U(2K + KZK)Vᵀ.
-        # A diagonal Padé approximant of a skew matrix is orthogonal, whatever its size.
+        # A diagonal Padé approximant of a skew matrix is orthogonal, even where it is not e^P.
         z = Z / 2**9
         z2 = z @ z
         denominator = I - z / 2 + z2 * (3 / 28) - z2 @ z / 84 + z2 @ z2 / 1680
@@ -286,7 +297,8 @@ class SORALinear(Adapter):
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        return (torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T).to(self.C.dtype)
+        R = torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T
+        return R.to(torch.promote_types(self.C.dtype, torch.float32))
 
     def dense(self):
         M = self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
@@ -331,7 +343,8 @@ def adapt(model, method, target_modules, **kwargs):
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    inside = {child for _, layer in adapters(model) for child in layer.children()}
+    found = [layer for _, layer in adapters(model)]
+    inside = {m for layer in found for m in layer.modules() if m is not layer}
     bases, unmatched, linears = {}, set(targets), set()
     for name, module in model.named_modules(remove_duplicate=False):
         if module in inside:
@@ -343,17 +356,23 @@ def adapt(model, method, target_modules, **kwargs):
         if type(module) is torch.nn.Linear:
             linears.add(name.rpartition(".")[2])
     if unmatched or not targets:
-        raise ValueError(f"target_modules {sorted(unmatched)} match no module; "
-                         f"the nn.Linears are named {sorted(linears)}")
+        raise ValueError(f"target_modules {sorted(unmatched)[:3]} match no module; "
+                         f"the nn.Linears are named {sorted(linears)[:9]}")
     for name, module in bases.items():
         if isinstance(module, Adapter):
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
         Adapter.check_base(module, name)  # all of them, before the first is frozen
-    layers = {base: METHODS[method](base, **kwargs) for base in dict.fromkeys(bases.values())}
-    if not adapters(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        layers = {base: METHODS[method](base, **kwargs) for base in dict.fromkeys(bases.values())}
+    except Exception:
+        for p in trained:
+            p.requires_grad_(True)
+        raise
+    if not found:
         model.requires_grad_(False)
     for base, layer in layers.items():
-        model = replace_module(model, base, layer)
+        model = replace_module(model, base, layer.train(base.training))
     return model
 
 
@@ -379,17 +398,21 @@ def trained_parameters(model):
     """{name: parameter} of every adapter tensor, and of every other with requires_grad."""
     own, pieces = set(), set()
     for _, layer in adapters(model):
-        tensors = set(layer.parameters()) - set(layer.base.parameters())
-        own |= tensors
-        if layer.A.dim() != 2:  # a flat piece of FSDP1
-            pieces |= tensors
+        own |= set(layer.parameters()) - set(layer.base.parameters())
+    for module in model.modules():
+        if isinstance(module, (Adapter, torch.nn.Linear)):
+            matrix = module.A if isinstance(module, Adapter) else module.weight
+            if matrix.dim() != 2:  # FSDP1 leaves flat pieces
+                pieces.update(module.parameters())
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
-        if p in pieces or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
+        flat = p in pieces or hasattr(p, "_is_flat_param") or p.numel() == 0
+        if flat or type(p) is not torch.nn.Parameter or p.is_meta:
             raise ValueError(
                 f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
-                "Gather it first, by FSDP.summon_full_params or get_model_state_dict with "
-                "full_state_dict=True (torch.distributed.checkpoint); load before sharding")
+                "Gather it first: FSDP.summon_full_params, or torch.distributed.checkpoint's "
+                "get_model_state_dict with full_state_dict=True and ignore_frozen_params=True; "
+                "load before sharding")
     return trained
 
 
@@ -417,7 +440,8 @@ def load_adapter_state_dict(model, state):
         if name in missing:
             continue
         tensor = state[name]
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
+        plain = plain and tensor.layout == torch.strided and not tensor.is_meta
         if plain and tensor.is_floating_point() and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
         if name not in ready or not ready[name].isfinite().all():
@@ -427,9 +451,11 @@ def load_adapter_state_dict(model, state):
         for what, names in (("missing", missing), ("unexpected", unexpected),
                             ("without finite floats of that shape", wrong)):
             if names:
-                message += f" {len(names)} {what}: {', '.join(names[:3])};"
-        if missing and unexpected and unexpected[0].endswith(missing[0]):
-            message += f" its names have a prefix, {unexpected[0].removesuffix(missing[0])!r}"
+                message += f" {len(names)} {what}: {', '.join(names[:3]):.300};"
+        for a, b, whose in (missing, unexpected, "state"), (unexpected, missing, "model"):
+            prefix = min(b, default="").removesuffix(min(a, default=""))
+            if a and prefix and sorted(b) == sorted(prefix + name for name in a):
+                message += f" the names of the {whose} have a prefix, {prefix!r}"
         raise ValueError(message)
     for name, tensor in ready.items():
         own[name].copy_(tensor)
