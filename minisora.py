@@ -64,34 +64,29 @@ class Adapter(torch.nn.Module):
         weight = getattr(base, "_parameters", {}).get("weight")
         plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if (not plain or "forward" in vars(base) or any(getattr(base, hook) for hook in hooks)
+        hooks = [v for k, v in getattr(base, "__dict__", {}).items() if k.endswith("_hooks") and v]
+        if (not plain or hooks or "forward" in vars(base)
                 or weight.dtype not in floats or weight.layout != torch.strided or weight.is_meta
                 or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0):
             got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
-                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, its "
-                "weight an nn.Parameter (out_features ≥ 1, in_features ≥ 1) of 16, 32 or 64 bit "
-                "floats: not computed, quantised, sharded, sparse or on meta; "
+                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, and "
+                "its weight an nn.Parameter of 16, 32 or 64 bit floats (not empty, computed, "
+                "quantised, sharded, sparse or on meta); "
                 f"got {type(base).__name__}, weight {type(weight).__name__} {got}")
 
     @staticmethod
     def check_rank(name, value):
-        try:
-            whole = value.__index__() >= 1 and not isinstance(value, bool)
-        except (AttributeError, TypeError):
-            whole = False
-        if not whole:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
 
     def check_place(self, *inputs):
-        W0 = self.base.weight
-        if W0.shape != (self.out_features, self.in_features) or hasattr(W0, "placements"):
-            raise ValueError("the base's weight is sharded; gather the model first")
         # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
-        devices = {tensor.device for tensor in (*inputs, *self.parameters())}
-        if len(devices) > 1:
-            raise ValueError(f"the layer and its input must be on one device, got {devices}")
+        devices, W0 = {tensor.device for tensor in (*inputs, *self.parameters())}, self.base.weight
+        sharded = W0.shape != (self.out_features, self.in_features) or hasattr(W0, "placements")
+        if sharded or len(devices) > 1:
+            raise ValueError("the layer and its input must be on one device and not sharded, "
+                             f"got {devices} and a base weight {tuple(W0.shape)}")
 
     @property
     def W0(self):
@@ -125,8 +120,7 @@ class Adapter(torch.nn.Module):
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            W = self.adapted_weight().to(self.base.weight.dtype)  # (m, n)
-            return torch.nn.functional.linear(x, W, self.bias)
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         d, up, down = thin
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
@@ -140,7 +134,7 @@ class Adapter(torch.nn.Module):
 
         Raises ValueError if W' is not finite. There is no unmerge: keep the layer.
         """
-        weight = self.adapted_weight().to(self.base.weight.dtype)
+        weight = self.weight
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
         merged = copy.deepcopy(self.base)
@@ -245,13 +239,10 @@ def rotation_factors(C, D, rotation="exp"):
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
-    # P is the same for D − τC in place of D, and for D/f and fC in place of D and C, column by
-    # column, whatever τ and f: they need no gradient. This τ leaves nothing to cancel, and P = 0
-    # exactly where D = C. This f makes the two equally long where D is the longer.
+    # P is the same for E = D − τC in place of D, column by column, whatever τ: τ needs no gradient.
+    # This τ leaves nothing to cancel, and P = 0 exactly where D = C.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
-    f = (E.detach().square().sum(dim=0) / c2).clamp(1, 1e32).pow(0.25)
-    E, C = E / f, C * f
     # P = UVᵀ, and so Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU: every power series I + k₁P + k₂P² + …
     # is R = I + U K Vᵀ with K = k₁I + k₂Z + ….
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
@@ -333,10 +324,10 @@ def replace_module(model, old, new):
 def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS; its class gets kwargs (r, lora_alpha, …). target_modules: one name
-    or several; a name matches each module whose dotted name is it or ends in "." + it, as in
-    Hugging Face PEFT. A linear at several places is wrapped once, and shared. A model without
-    adapters is frozen first; in one that has some, what trains keeps training.
+    method: a key of METHODS, whose class gets kwargs (r, lora_alpha, …). target_modules: one name
+    or several, each for the modules whose dotted name is it or ends in "." + it, as in Hugging Face
+    PEFT. A linear at several places is wrapped once, and shared. A model without adapters is
+    frozen first; in one that has some, what trains keeps training.
     Raises ValueError for a method or a name that matches nothing or an adapter, TypeError for a
     base that Adapter refuses; the model is then unchanged.
     """
@@ -470,9 +461,8 @@ def relative_singular_values(delta):
 def singular_value_entropy(delta):
     """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of W' − W0.
 
-    0 for delta = 0, and at most log r for LoRA. Its exponential is the effective rank of Roy and
-    Vetterli (2007): our choice, the paper's normalisation was not at hand. Take W' − W0 in
-    float64: in float32 the rounding of W' adds a little of every rank.
+    At most log r for LoRA. Its exponential is the effective rank of Roy and Vetterli (2007): our
+    choice of p, the paper's was not at hand. Take W' − W0 in float64: rounding adds rank.
     """
     S = relative_singular_values(delta)
     return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)

@@ -1209,7 +1209,6 @@ def test_a_model_built_on_meta_is_refused_before_it_is_filled():
 BAD_ARGUMENTS = [({"r": 0}, "r must be a whole number ≥ 1, got 0"), ({"r": -2}, "r .* got -2"),
                  ({"r": 2.5}, "r must be .* got 2.5"), ({"r": True}, "r must be .* got True"),
                  ({"r": "8"}, "r must be .* got '8'"), ({"r": np.float64(8)}, "r must be .* got"),
-                 ({"r": torch.tensor(8.5)}, "r must be .* got tensor"),
                  ({"lora_alpha": 1e-46}, "lora_alpha .* got 1e-46"),
                  ({"lora_alpha": 1e300}, "lora_alpha .* got 1e"),
                  ({"r_p": 0}, "r_p must be .* ≥ 1, got 0"),
@@ -1235,6 +1234,11 @@ def test_an_unknown_rotation_has_no_factors():
         rotation_factors(torch.ones(2, 1), torch.ones(2, 1), "householder")
 
 
+def test_a_fraction_that_torch_could_round_is_no_rank():
+    with pytest.raises(TypeError, match="only integer tensors"):
+        LoRALinear(nn.Linear(3, 2), torch.tensor(8.5))
+
+
 def test_whole_and_finite_numbers_of_any_kind_do():
     layer = SORALinear(nn.Linear(3, 2), np.int64(4), np.float32(-8), r_p=torch.tensor(2))
     assert layer.A.shape == (4, 3) and layer.scaling == -2.0 and layer.C.shape == (2, 2)
@@ -1258,7 +1262,7 @@ def test_a_weight_that_moved_to_meta_is_refused_before_it_is_read(kind):
         moved = nn.Parameter(p.detach().to("meta"), p.requires_grad)
         owner._parameters[name.rpartition(".")[2]] = moved
         for use in (lambda: layer(inputs(make(kind), 2)), layer.merge):
-            with pytest.raises((ValueError, RuntimeError), match="device|meta"):
+            with pytest.raises(ValueError, match="one device"):
                 use()
 
 
@@ -1377,7 +1381,7 @@ def test_a_sharded_parameter_is_refused_by_name_with_what_to_do(message):
 def test_a_sharded_base_is_not_merged(kind):
     layer = make(kind)
     flat(layer.base.weight)
-    with pytest.raises(ValueError, match="weight is sharded; gather"):
+    with pytest.raises(ValueError, match="not sharded, got"):
         layer.merge()
 
 
