@@ -34,14 +34,14 @@ class Adapter(torch.nn.Module):
     """What the methods share: the frozen nn.Linear `base`, A, B, the forward and the merge.
 
     To add a method: check your own arguments, call super().__init__, make your parameters and
-    write dense(), the equation W' (m, n). With an entry in METHODS it is right, saved and merged.
+    write dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
     thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters and W' have W0's dtype, float32 on a half precision base, under autocast too; the
-    products with x, and y, have the dtype that the base gives them. A starts Kaiming-uniform(√5)
-    as in loralib, B at zero, so that W' = W0; base weights loaded later leave DoRA's magnitude
-    stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1), lora_alpha
-    (finite, not 0) or an x that will not do. Source: LoRA (arXiv 2106.09685).
+    Parameters and dense() have the base's dtype, float32 on a half precision base, under autocast
+    too; the products with x, and y, have the dtype that the base gives them. W' = W0 at the
+    start, A being Kaiming-uniform(√5) as in loralib and B zero; base weights loaded later leave
+    DoRA's magnitude stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1),
+    lora_alpha (finite, not 0) or an x of another width or device. Source: LoRA (arXiv 2106.09685).
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -95,7 +95,7 @@ class Adapter(torch.nn.Module):
 
     @property
     def weight(self):
-        """W' in W0's dtype, computed at each read: writing into it does nothing."""
+        """W' in the base's dtype, computed at each read: writing into it does nothing."""
         return self.adapted_weight().to(self.base.weight.dtype)
 
     @property
@@ -161,8 +161,8 @@ class DoRALinear(Adapter):
 
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
     transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
-    With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, w then gets cG, else
-    c(G − ⟨G, ŵ⟩ŵ), and magnitude ⟨G, ŵ⟩. A row w = 0 stays 0 and gets 0.
+    With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, that of w is then cG, without it
+    c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩. A row w = 0 stays 0.
     Source: DoRA (arXiv 2402.09353).
     """
 
@@ -185,8 +185,8 @@ class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
     It has the parameters, values and gradients of DoRALinear, but no other (m, n) matrix. Where
-    ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, no digit of it is right: it is
-    held at this floor, which has no gradient.
+    ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, it has no right digit: it is set
+    to ε‖W0‖², without gradient.
     Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
@@ -227,12 +227,12 @@ class PreDiagLinear(Adapter):
 def rotation_factors(C, D, rotation="exp"):
     """Thin L and V (m, 2 r_p) of R = I + LVᵀ, the rotation by P = s_P (DCᵀ − CDᵀ).
 
-        exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 100
+        exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 70
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
 
     C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
-    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): the angles grow linearly with the factors, unbounded.
+    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): large angles grow linearly with these norms.
     Raises ValueError for another rotation.
     Source: P and s_P from the authors' code; the thin exact R is own derivation.
     """
@@ -244,7 +244,7 @@ def rotation_factors(C, D, rotation="exp"):
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
     # P = UVᵀ, and so Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU: every power series I + k₁P + k₂P² + …
-    # is R = I + U K Vᵀ with K = k₁I + k₂Z + ….
+    # is R = I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
@@ -267,7 +267,7 @@ def rotation_factors(C, D, rotation="exp"):
 
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of the outputs in 2 r_p dimensions.
+    """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of up to 2 r_p dimensions.
 
     C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move. diag
     (m,) as in Pre-Diag. Raises ValueError for r_p (a whole number ≥ 1), or a rotation that
