@@ -1379,10 +1379,12 @@ def test_a_sharded_parameter_is_refused_by_name_with_what_to_do(message):
 
 @every_kind
 def test_a_sharded_base_is_not_merged(kind):
-    layer = make(kind)
-    flat(layer.base.weight)
-    with pytest.raises(ValueError, match="not sharded, got"):
-        layer.merge()
+    """A flat piece of FSDP1, or a DTensor, which has placements."""
+    for shard in (flat, lambda p: setattr(p, "placements", ())):
+        layer = make(kind)
+        shard(layer.base.weight)
+        with pytest.raises(ValueError, match="not sharded, got"):
+            layer.merge()
 
 
 @every_kind
