@@ -33,13 +33,13 @@ import torch
 class Adapter(torch.nn.Module):
     """What the methods share: the frozen nn.Linear `base`, A, B, the forward and the merge.
 
-    To add a method: check your own arguments, call super().__init__, make your parameters and
-    write dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
+    To add a method: check its arguments, call super().__init__, make its parameters and write
+    dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
     thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters and dense() have the base's dtype, float32 on a half precision base, under autocast
-    too; the products with x, and y, have the dtype that the base gives them. W' = W0 at the
-    start, A being Kaiming-uniform(√5) as in loralib and B zero; base weights loaded later leave
+    Parameters and dense() have the base's dtype, or float32 if that is half precision, under
+    autocast too; the products with x, and y, have the dtype that the base gives them. W' = W0 at
+    the start: A is Kaiming-uniform(√5) as in loralib, B zero. Base weights loaded later leave
     DoRA's magnitude stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1),
     lora_alpha (finite, not 0) or an x of another width or device. Source: LoRA (arXiv 2106.09685).
     """
@@ -48,8 +48,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.check_base(base)
         self.check_rank("r", r)
-        self.r, self.lora_alpha = int(r), lora_alpha
-        self.scaling = float(lora_alpha) / self.r if hasattr(lora_alpha, "__float__") else math.nan
+        self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha / int(r))
         if not 1e-30 < abs(self.scaling) < 1e30:
             raise ValueError(f"lora_alpha must be finite and not 0, got {lora_alpha!r}")
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -63,17 +62,17 @@ class Adapter(torch.nn.Module):
     def check_base(base, name="base"):
         weight = getattr(base, "_parameters", {}).get("weight")
         plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
-        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        hooks = [v for k, v in getattr(base, "__dict__", {}).items() if k.endswith("_hooks") and v]
-        if (not plain or hooks or "forward" in vars(base)
-                or weight.dtype not in floats or weight.layout != torch.strided or weight.is_meta
-                or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0):
+        if plain:
+            own = [k for k, v in vars(base).items() if k == "forward" or k.endswith("_hooks") and v]
+            shape = (base.out_features, base.in_features)
+            plain = (not own and weight.shape == shape and 0 not in shape and not weight.is_meta
+                     and weight.is_floating_point() and weight.element_size() > 1)
+        if not plain:
             got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
-                f"{name} must be exactly an nn.Linear without hooks or a forward of its own, and "
-                "its weight an nn.Parameter of 16, 32 or 64 bit floats (not empty, computed, "
-                "quantised, sharded, sparse or on meta); "
-                f"got {type(base).__name__}, weight {type(weight).__name__} {got}")
+                f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
+                "a weight of 16 to 64 bit floats that is not empty, computed, quantised, sharded "
+                f"or on meta; got {type(base).__name__}, weight {type(weight).__name__} {got}")
 
     @staticmethod
     def check_rank(name, value):
@@ -82,10 +81,9 @@ class Adapter(torch.nn.Module):
 
     def check_place(self, *inputs):
         # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
-        devices, W0 = {tensor.device for tensor in (*inputs, *self.parameters())}, self.base.weight
-        sharded = W0.shape != (self.out_features, self.in_features) or hasattr(W0, "placements")
-        if sharded or len(devices) > 1:
-            raise ValueError("the layer and its input must be on one device and not sharded, "
+        devices, W0 = {t.device for t in (*inputs, *self.parameters())}, self.base.weight
+        if len(devices) > 1 or W0.shape != (self.out_features, self.in_features):
+            raise ValueError("the layer and x must be on one device and not sharded, "
                              f"got {devices} and a base weight {tuple(W0.shape)}")
 
     @property
@@ -113,9 +111,8 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x):
         """x (…, n) -> y = x W'ᵀ + b (…, m)."""
-        if x.is_nested or x.shape[-1:] != (self.in_features,):
-            got = "a nested tensor (enable_nested_tensor=False)" if x.is_nested else tuple(x.shape)
-            raise ValueError(f"x must have {self.in_features} features last, got {got}")
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must have {self.in_features} features last, got {tuple(x.shape)}")
         self.check_place(x)
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
@@ -130,10 +127,7 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A new nn.Linear with weight W', frozen like the base; the layer stays as it is.
-
-        Raises ValueError if W' is not finite. There is no unmerge: keep the layer.
-        """
+        """A new nn.Linear with weight W', frozen; the layer stays. ValueError if not finite."""
         weight = self.weight
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
@@ -160,10 +154,9 @@ class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
-    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
-    With G the gradient of W' and ŵ = w / ‖w‖ for a row w of W, that of w is then cG, without it
-    c(G − ⟨G, ŵ⟩ŵ); that of magnitude is ⟨G, ŵ⟩. A row w = 0 stays 0.
-    Source: DoRA (arXiv 2402.09353).
+    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3):
+    a row w of W then has cG for c(G − ⟨G, ŵ⟩ŵ), G being that of W' and ŵ = w / ‖w‖.
+    A row w = 0 stays 0. Source: DoRA (arXiv 2402.09353).
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -172,7 +165,6 @@ class DoRALinear(Adapter):
         self.magnitude = torch.nn.Parameter(self.W0.square().sum(dim=1).sqrt())
 
     def row_scale(self, squared_norm):
-        """c = magnitude / ‖W‖row (m,), from ‖W‖²row (m,)."""
         norm = squared_norm.masked_fill(squared_norm == 0, math.inf).sqrt()  # c = 0 at a zero row
         return self.magnitude / (norm.detach() if self.detach_norm else norm)
 
@@ -184,9 +176,8 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
-    It has the parameters, values and gradients of DoRALinear, but no other (m, n) matrix. Where
-    ‖W0 + sBA‖² of a row is below ε‖W0‖², ε of the base's dtype, it has no right digit: it is set
-    to ε‖W0‖², without gradient.
+    DoRALinear's parameters, values and gradients, without a second (m, n) matrix. A row's
+    ‖W0 + sBA‖² below ε‖W0‖², ε of the base's dtype, has no right digit: it is set to ε‖W0‖².
     Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
@@ -208,9 +199,8 @@ class DoRAMatrixLinear(DoRALinear):
 class PreDiagLinear(Adapter):
     """Pre-Diag: W' = diag(d) W0 + sBA.
 
-    d, the parameter diag (m,), starts at 1. Where it has no zero, the same weights are reached as
-    by diag(d)(W0 + sBA): the two differ in how they train.
-    Source: the paper's abstract and framework figure.
+    d, the parameter diag (m,), starts at 1. Where it has no zero, diag(d)(W0 + sBA) reaches the
+    same weights, and trains differently. Source: the paper's abstract and framework figure.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -239,12 +229,12 @@ def rotation_factors(C, D, rotation="exp"):
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
-    # P is the same for E = D − τC in place of D, column by column, whatever τ: τ needs no gradient.
-    # This τ leaves nothing to cancel, and P = 0 exactly where D = C.
+    # E = D − τC, column by column, has the same P for every τ, so τ needs no gradient. This one
+    # leaves nothing to cancel, and P = 0 exactly where D = C.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
-    # P = UVᵀ, and so Pʲ = U Zʲ⁻¹ Vᵀ with the small Z = VᵀU: every power series I + k₁P + k₂P² + …
-    # is R = I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
+    # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU, and every power series I + k₁P + k₂P² + … is
+    # I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
@@ -327,40 +317,36 @@ def adapt(model, method, target_modules, **kwargs):
     method: a key of METHODS, whose class gets kwargs (r, lora_alpha, …). target_modules: one name
     or several, each for the modules whose dotted name is it or ends in "." + it, as in Hugging Face
     PEFT. A linear at several places is wrapped once, and shared. A model without adapters is
-    frozen first; in one that has some, what trains keeps training.
-    Raises ValueError for a method or a name that matches nothing or an adapter, TypeError for a
-    base that Adapter refuses; the model is then unchanged.
+    frozen first; in one that has some, what trains keeps training. Raises ValueError for a method
+    or a name, TypeError for a base that Adapter refuses; the model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    found = [layer for _, layer in adapters(model)]
-    inside = {m for layer in found for m in layer.modules() if m is not layer}
+    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
     bases, unmatched, linears = {}, set(targets), set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in inside:
-            continue
-        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
+        hits = {target for target in targets if f".{name}".endswith(f".{target}")}
         if hits:
-            bases[name] = module
-            unmatched.difference_update(hits)
-        if type(module) is torch.nn.Linear:
+            bases[module] = name
+            unmatched -= hits
+        if type(module) is torch.nn.Linear and module not in adapted:
             linears.add(name.rpartition(".")[2])
     if unmatched or not targets:
         raise ValueError(f"target_modules {sorted(unmatched)[:3]} match no module; "
                          f"the nn.Linears are named {sorted(linears)[:9]}")
-    for name, module in bases.items():
-        if isinstance(module, Adapter):
+    for module, name in bases.items():
+        if module in adapted:
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
         Adapter.check_base(module, name)  # all of them, before the first is frozen
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        layers = {base: METHODS[method](base, **kwargs) for base in dict.fromkeys(bases.values())}
+        layers = {base: METHODS[method](base, **kwargs) for base in bases}
     except Exception:
         for p in trained:
             p.requires_grad_(True)
         raise
-    if not found:
+    if not adapted:
         model.requires_grad_(False)
     for base, layer in layers.items():
         model = replace_module(model, base, layer.train(base.training))
@@ -368,7 +354,7 @@ def adapt(model, method, target_modules, **kwargs):
 
 
 def merge_adapters(model):
-    """Replace every adapter by its merge(), in place; returns model, or its merge() if it is one.
+    """Replace every adapter by its merge(), in place; returns model.
 
     Raises ValueError, with its name, for a layer whose W' is not finite; the model is then
     unchanged, since all are merged on trial first. One W' at a time is held beside its base.
@@ -378,7 +364,7 @@ def merge_adapters(model):
             layer.merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    layer, layers = None, [layer for _, layer in adapters(model)]
+    layers = [layer for _, layer in adapters(model)]
     while layers:
         layer = layers.pop()
         model = replace_module(model, layer, layer.merge())
@@ -387,31 +373,28 @@ def merge_adapters(model):
 
 def trained_parameters(model):
     """{name: parameter} of every adapter tensor, and of every other with requires_grad."""
-    own, pieces = set(), set()
-    for _, layer in adapters(model):
-        own |= set(layer.parameters()) - set(layer.base.parameters())
+    own, flat = set(), set()
     for module in model.modules():
-        if isinstance(module, (Adapter, torch.nn.Linear)):
-            matrix = module.A if isinstance(module, Adapter) else module.weight
-            if matrix.dim() != 2:  # FSDP1 leaves flat pieces
-                pieces.update(module.parameters())
+        if isinstance(module, Adapter):
+            own |= set(module.parameters()) - set(module.base.parameters())
+        matrix = getattr(module, "A" if isinstance(module, Adapter) else "weight", None)
+        if isinstance(module, (Adapter, torch.nn.Linear)) and matrix.dim() != 2:
+            flat |= set(module.parameters())  # FSDP1 leaves pieces
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
-        flat = p in pieces or hasattr(p, "_is_flat_param") or p.numel() == 0
-        if flat or type(p) is not torch.nn.Parameter or p.is_meta:
+        if p in flat or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
             raise ValueError(
                 f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
-                "Gather it first: FSDP.summon_full_params, or torch.distributed.checkpoint's "
-                "get_model_state_dict with full_state_dict=True and ignore_frozen_params=True; "
-                "load before sharding")
+                "Gather first (FSDP.summon_full_params, or get_model_state_dict with "
+                "full_state_dict=True and ignore_frozen_params=True); load before sharding")
     return trained
 
 
 def adapter_state_dict(model):
     """{name: copy} of every adapter tensor and every other parameter with requires_grad (a head).
 
-    That is all that training changes, except buffers. Keep r, lora_alpha, rotation beside it: they
-    are not in it. Raises ValueError, with its name, for a parameter that is sharded or on meta.
+    All that training changes but buffers. Keep the arguments of adapt beside it: they are not in
+    it. Raises ValueError, with its name, for a parameter that is sharded or on meta.
     """
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
@@ -420,40 +403,38 @@ def adapter_state_dict(model):
 def load_adapter_state_dict(model, state):
     """Copy an adapter_state_dict into model, adapted and unfrozen alike.
 
-    Raises ValueError that names some of the tensors which are missing, unexpected, of another
-    shape, no plain floats or not finite; nothing is then copied.
+    Raises ValueError that counts and names what is missing, unexpected, of another shape, no plain
+    floats or not finite; nothing is then copied.
     """
     own, ready = trained_parameters(model), {}
-    missing = [name for name in own if name not in state]
-    unexpected = [str(name) for name in state if name not in own]
-    wrong = []
     for name, p in own.items():
-        if name in missing:
-            continue
-        tensor = state[name]
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
-        plain = plain and tensor.layout == torch.strided and not tensor.is_meta
-        if plain and tensor.is_floating_point() and tensor.shape == p.shape:
-            ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
-        if name not in ready or not ready[name].isfinite().all():
-            wrong.append(f"{name} {tuple(p.shape)}")
-    if missing or unexpected or wrong:
+        tensor = state.get(name)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        if plain and tensor.shape == p.shape:
+            tensor = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
+            if tensor.isfinite().all():
+                ready[name] = tensor
+    misfits = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [str(name) for name in state if name not in own],
+        "without finite floats of this shape":
+            [f"{name} {tuple(own[name].shape)}" for name in state if name in own.keys() - ready]}
+    if any(misfits.values()):
         message = "the state does not fit:"
-        for what, names in (("missing", missing), ("unexpected", unexpected),
-                            ("without finite floats of that shape", wrong)):
+        for what, names in misfits.items():
             if names:
                 message += f" {len(names)} {what}: {', '.join(names[:3]):.300};"
-        for a, b, whose in (missing, unexpected, "state"), (unexpected, missing, "model"):
-            prefix = min(b, default="").removesuffix(min(a, default=""))
-            if a and prefix and sorted(b) == sorted(prefix + name for name in a):
-                message += f" the names of the {whose} have a prefix, {prefix!r}"
+        missing, unexpected, _ = map(sorted, misfits.values())
+        prefix = "".join(unexpected[:1]).removesuffix("".join(missing[:1]))
+        if missing and unexpected == [prefix + name for name in missing]:
+            message += f" all names of the state have the prefix {prefix!r}"
         raise ValueError(message)
     for name, tensor in ready.items():
         own[name].copy_(tensor)
 
 
 def relative_singular_values(delta):
-    """σ_i / σ_1 of delta (…, m, n), all 0 for delta = 0; so scaled, no sum of them can overflow."""
+    """σ_i / σ_1 of delta (…, m, n), 0 for delta = 0: no sum of them can overflow."""
     S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
     return S / S[..., :1].masked_fill(S[..., :1] == 0, 1)
 
@@ -461,8 +442,8 @@ def relative_singular_values(delta):
 def singular_value_entropy(delta):
     """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of W' − W0.
 
-    At most log r for LoRA. Its exponential is the effective rank of Roy and Vetterli (2007): our
-    choice of p, the paper's was not at hand. Take W' − W0 in float64: rounding adds rank.
+    At most log r for LoRA. The p are Roy and Vetterli's (2007), whose effective rank is its
+    exponential; the paper's were not at hand. Take W' − W0 in float64: rounding adds rank.
     """
     S = relative_singular_values(delta)
     return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)
