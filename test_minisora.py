@@ -1430,7 +1430,7 @@ def test_the_output_projection_of_multihead_attention_is_refused():
 def test_the_price_in_floating_point_operations_and_in_bytes_kept():
     """At 2048 tokens, 1024 → 1024, r = 16, r_p = 4: figures that depend on no machine."""
     T, d, r, q = 2048, 1024, 16, 8  # q = 2 r_p
-    rotations = ("exp", "cayley", "first_order")
+    soras = ("sora", "sora cayley", "sora first_order")
     layers = train_tiny.bench_layers(d, torch.device("cpu"), f32)
     x = torch.randn(T, d, requires_grad=True)
     count = {name: train_tiny.flops(layer, x) for name, layer in layers.items()}
@@ -1441,14 +1441,14 @@ def test_the_price_in_floating_point_operations_and_in_bytes_kept():
     assert count["dora"] == 1.5 * count["linear"] + 3 * 2 * d * d * r  # W' and its (m, n) gradient
     # Rank r + q, and (d ∘ V)ᵀW0 with its gradient; the rest has no T and only one d in it.
     sora = count["linear"] + 3 * 2 * T * (r + q) * (d + d) + 2 * 2 * d * d * q
-    assert all(sora < count[f"sora {kind}"] < 1.001 * sora for kind in rotations)
+    assert all(sora < count[name] < 1.001 * sora for name in soras)
     assert kept["linear"] == 0 and kept["lora"] <= 0.05
     assert kept["pre_diag"] <= 1.03 and kept["dora_matrix"] <= 1.033  # no graph of a norm
-    assert all(1 <= kept[f"sora {kind}"] <= 1.15 for kind in rotations)
+    assert all(1 <= kept[name] <= 1.15 for name in soras)
     assert kept["dora"] > 2 * d / T  # W0 + sBA and W', each (m, n)
     with torch.no_grad():
         assert all(train_tiny.saved_bytes(layer, x) == 0 for layer in layers.values())
-    merged = layers["sora exp"].merge()
+    merged = layers["sora"].merge()
     assert train_tiny.flops(merged, x) == count["linear"] and train_tiny.saved_bytes(merged, x) == 0
 
 
@@ -1569,15 +1569,14 @@ def test_the_record_is_written_before_anything_is_printed_about_it(script, monke
     assert [r["method"] for r in record["results"]] == ["lora", "dora"]
 
 
-def test_any_console_will_do_for_training_reach_and_bench():
-    code = f"import train_tiny\nvars(train_tiny).update({SMALL})\n"
-    for flag in ("--quick", "--reach", "--bench"):
-        code += f"train_tiny.main(['--device', 'cpu', '--steps', '2', '{flag}'])\n"
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252",
-                   "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in (b"bits/byte", b"best rank r", b"GFLOP"))
+@pytest.mark.parametrize("flag", ["--quick", "--reach", "--bench"])
+def test_any_console_will_do(flag, script, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    script(flag, "--steps", "2")
+    console.flush()
+    table = console.buffer.getvalue().decode("cp1252")
+    assert {"--quick": "bits/byte", "--reach": "best rank r", "--bench": "GFLOP"}[flag] in table
 
 
 def test_lora_reaches_the_bound_of_its_rank_and_sora_alone_a_rotation(script, monkeypatch):
@@ -1593,8 +1592,7 @@ def test_lora_reaches_the_bound_of_its_rank_and_sora_alone_a_rotation(script, mo
 def test_the_bench_has_a_row_for_each_layer(script, capsys):
     results = script("--bench")[1]["results"]
     assert [r["layer"] for r in results] == [
-        "linear", "lora", "dora", "dora as in PEFT", "dora_matrix", "pre_diag",
-        "sora exp", "sora cayley", "sora first_order"]
+        "linear", *METHODS, "dora as in PEFT", "sora cayley", "sora first_order"]
     assert results[1]["/ lora"] == 1 and all(r["ms"] > 0 for r in results)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100 and lines[-1].startswith("sora first_order")
@@ -1613,8 +1611,14 @@ def test_dora_as_in_peft_is_dora():
         assert torch.allclose(own, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("command", [
-    "--json no/where.json", "--json .", "--steps 0", "--seeds 0", "--device mps", "--device cuda"])
+@pytest.mark.parametrize("file", ["no/where.json", "."])
+def test_a_record_that_cannot_be_written_stops_the_run_before_any_work(file, monkeypatch):
+    monkeypatch.setattr(train_tiny, "experiment", None)
+    with pytest.raises(OSError, match=file):
+        train_tiny.main(["--json", file])
+
+
+@pytest.mark.parametrize("command", ["--steps 0", "--seeds 0", "--device mps", "--device cuda"])
 def test_what_cannot_be_done_is_refused_with_status_2(command, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -1701,13 +1705,12 @@ def test_readme_names_tests_that_exist_and_lines_that_are_right():
         assert inspect.getsourcelines(getattr(minisora, name))[1] == int(line), name
 
 
-@pytest.mark.parametrize("i", range(len(BLOCKS)))
-def test_readme_python_blocks_run_and_leave_no_file_behind(i, tmp_path):
-    """Each as a script of its own; their asserts are the recipes' promises."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", BLOCKS[i]], cwd=tmp_path, capture_output=True,
-                          text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_python_blocks_run_and_leave_no_file_behind(block, tmp_path, monkeypatch):
+    """Their asserts are the recipes' promises."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minisora, "METHODS", dict(METHODS))
+    exec(block, {})
     assert not list(tmp_path.iterdir())
 
 

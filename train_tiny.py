@@ -11,7 +11,7 @@ source of the standard library. All step in turn on the same batches, so that th
 """
 import argparse
 import copy
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -112,26 +112,22 @@ def adapted(base, name, seed):
     if method:
         minisora.adapt(model, method, LINEARS, **arguments)
     if name == "sora_no_diag":
-        for layer in rotated_layers(model):
+        for _, layer in minisora.adapters(model):
             layer.diag.requires_grad_(False)
     return model
-
-
-def rotated_layers(model):
-    return [layer for layer in model.modules() if isinstance(layer, minisora.SORALinear)]
 
 
 # ---- training
 
 
-def train(models, rates, data, steps, seed, label, runs=1):
+def train(models, rates, data, steps, seed, label):
     """Step all models in turn on the same batches. Returns their losses and times (ms)."""
     generator, optimizers = torch.Generator().manual_seed(seed), {}
     for name, model in models.items():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizers[name] = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
     losses, times = {name: [] for name in models}, {name: [] for name in models}
-    warm, begin, shown = max(1, steps // 10), time.time(), 0
+    warm, begin = max(1, steps // 10), time.time()
     for step in range(steps):
         starts = torch.randint(len(data) - CONTEXT, (BATCH, 1), generator=generator)
         batch = data[starts + torch.arange(CONTEXT + 1)]
@@ -147,39 +143,39 @@ def train(models, rates, data, steps, seed, label, runs=1):
             optimizers[name].step()
             losses[name].append(loss.item())  # waits for the device, so that the clock is right
             times[name].append((time.perf_counter() - start) * 1e3)
-        if time.time() > shown + 10:
-            shown = time.time()
-            left = (shown - begin) * (runs * steps / (step + 1) - 1)
-            print(f"{label}, step {step + 1}/{steps}, {left:.0f} s left", file=sys.stderr)
+        if (step + 1) % 50 == 0:
+            left = (time.time() - begin) * (steps / (step + 1) - 1)
+            print(f"{label}, step {step + 1} of {steps}, {left:.0f} s left", file=sys.stderr)
     return losses, times
 
 
 def updates(model, base):
     """W' − W0 of the adapted layers, in float64 so that rounding adds no rank."""
-    wide, found = copy.deepcopy(model).cpu().double(), []
+    wide, deltas = copy.deepcopy(model).cpu().double(), []
     for name, linear in base.named_modules():
         if name.endswith(tuple(LINEARS)):
             W = wide.get_submodule(name).weight
-            found.append((W - linear.weight.cpu().double()).detach())
-    return found
+            deltas.append((W - linear.weight.cpu().double()).detach())
+    return deltas
 
 
 @torch.no_grad()
 def measure(model, base, test):
     """What a trained model is worth, and the shape of its updates. All None if it diverged."""
-    nothing = dict.fromkeys(["bpb", "merged_bpb", "entropy", "stable_rank", "orthogonality"])
-    try:
-        merged, deltas = minisora.merge_adapters(copy.deepcopy(model)), updates(model, base)
-        found = {"bpb": model.bits_per_byte(test), "merged_bpb": merged.bits_per_byte(test)}
-        found["entropy"] = mean(minisora.singular_value_entropy(d).item() for d in deltas)
-        found["stable_rank"] = mean(minisora.stable_rank(d).item() for d in deltas)
-        for layer in rotated_layers(model):
+    found = dict.fromkeys(["bpb", "merged_bpb", "entropy", "stable_rank", "orthogonality"])
+    bpb = model.bits_per_byte(test)
+    if not math.isfinite(bpb):
+        return found
+    merged, deltas = minisora.merge_adapters(copy.deepcopy(model)), updates(model, base)
+    found |= {"bpb": bpb, "merged_bpb": merged.bits_per_byte(test),
+              "entropy": mean(minisora.singular_value_entropy(d).item() for d in deltas),
+              "stable_rank": mean(minisora.stable_rank(d).item() for d in deltas)}
+    for _, layer in minisora.adapters(model):
+        if isinstance(layer, minisora.SORALinear):
             R = layer.rotation_matrix().cpu().double()
             defect = torch.linalg.matrix_norm(R.T @ R - torch.eye(len(R)), 2).item()
-            found["orthogonality"] = max(defect, found.get("orthogonality", 0))
-    except (ValueError, torch.linalg.LinAlgError):  # the merge and the SVD refuse infinities
-        return nothing
-    return nothing | found if all(map(math.isfinite, found.values())) else nothing
+            found["orthogonality"] = max(defect, found["orthogonality"] or 0)
+    return found
 
 
 def experiment(args, record):
@@ -197,8 +193,7 @@ def experiment(args, record):
     for seed in range(args.seeds):
         models = {name: adapted(base, name, seed) for name in args.methods}
         rates = {name: args.lr or METHODS[name][2] for name in models}
-        label, runs = f"seed {seed}", args.seeds - seed
-        losses, times = train(models, rates, data, args.steps, seed, label, runs)
+        losses, times = train(models, rates, data, args.steps, seed, f"seed {seed}")
         for name, model in models.items():
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             keep(record, args, {
@@ -214,17 +209,22 @@ def keep(record, args, result):
     if args.json:
         pathlib.Path(f"{args.json}.part").write_text(json.dumps(record, indent=1, allow_nan=False))
         os.replace(f"{args.json}.part", args.json)
+    print(f"{len(record['results'])} results", file=sys.stderr)
 
 
 # ---- tables and picture
 
 
 def print_table(rows):
-    """Rows of text; the first is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+    """Rows are dicts with the same keys, the header."""
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([f"{c:.3f}" if isinstance(c, float) else str(c) for c in row.values()])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    for first, *others in table:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *cells]))
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
 def spread(values, form, root=1.0):
@@ -234,26 +234,28 @@ def spread(values, form, root=1.0):
 
 
 def report(record):
-    """The table of methods. "− lora" is the paired difference, ± its standard error."""
-    rows = [["method", "trainable", "bits/byte", "− lora", "ms/step", "entropy", "‖RᵀR − I‖₂"]]
-    results, gaps = record["results"], [0.0]
+    """A row for each method. "− lora" is the paired difference, ± its standard error."""
+    rows, results, gap = [], record["results"], 0.0
     lora = {r["seed"]: r["bpb"] for r in results if r["method"] == "lora" and r["bpb"]}
     for name in dict.fromkeys(r["method"] for r in results):
         found = [r for r in results if r["method"] == name]
         share = found[0]["trainable"] / record["config"]["parameters"]
-        row = [name, f"{found[0]['trainable']:,} {share:6.1%}", "diverged", "", "", "", ""]
-        row[4] = f"{mean(r['ms_per_step'] for r in found):.1f}"
+        row = {"method": name, "trainable": f"{found[0]['trainable']:,} {share:6.1%}",
+               "bits/byte": "diverged", "− lora": "",
+               "ms/step": f"{mean(r['ms_per_step'] for r in found):.1f}",
+               "entropy": "", "‖RᵀR − I‖₂": ""}
         if all(r["bpb"] for r in found):
-            row[2] = spread([r["bpb"] for r in found], ".4f")
+            row["bits/byte"] = spread([r["bpb"] for r in found], ".4f")
             pairs = [r["bpb"] - lora[r["seed"]] for r in found if r["seed"] in lora]
-            row[3] = spread(pairs, "+.4f", math.sqrt(len(pairs))) if pairs else ""
-            row[5] = f"{mean(r['entropy'] for r in found):.2f}"
+            if pairs:
+                row["− lora"] = spread(pairs, "+.4f", math.sqrt(len(pairs)))
+            row["entropy"] = f"{mean(r['entropy'] for r in found):.2f}"
             if found[0]["orthogonality"] is not None:
-                row[6] = f"{max(r['orthogonality'] for r in found):.1e}"
-            gaps += [abs(r["bpb"] - r["merged_bpb"]) for r in found]
+                row["‖RᵀR − I‖₂"] = f"{max(r['orthogonality'] for r in found):.1e}"
+            gap = max(gap, *(abs(r["bpb"] - r["merged_bpb"]) for r in found))
         rows.append(row)
     print_table(rows)
-    print(f"\nMerged and unmerged differ by at most {max(gaps):.0e} bits per byte. "
+    print(f"\nMerged and unmerged differ by at most {gap:.0e} bits per byte. "
           f"Before, the base scores {record['base']['target_bpb']:.4f}.")
 
 
@@ -266,10 +268,10 @@ def plot(file, base, models, losses):
     right.set(xlabel="i", ylabel="σᵢ / σ₁ of W' − W0", yscale="log", ylim=(1e-4, 1.2))
     for name, model in models.items():
         if math.isfinite(losses[name][-1]):
-            left.plot(torch.tensor(losses[name]).unfold(0, min(10, len(losses[name])), 1).mean(1))
+            left.plot(losses[name], label=name)
             S = torch.stack([torch.linalg.svdvals(delta) for delta in updates(model, base)])
-            right.plot((S / S[:, :1]).mean(0), label=name)
-    right.legend()
+            right.plot((S / S[:, :1]).mean(0))
+    left.legend()
     figure.savefig(file)
 
 
@@ -279,14 +281,14 @@ def plot(file, base, models, losses):
 def fit(method, W0, target, steps):
     """‖W' − W*‖F / ‖W* − W0‖F, with r = r_p = 4, after Adam at a rate that falls to 0."""
     torch.manual_seed(0)
-    linear, I = nn.Linear(64, 64, bias=False), torch.eye(64)
+    linear = nn.Linear(64, 64, bias=False)
     linear.weight.data.copy_(W0)
     layer = minisora.METHODS[method](linear, r=4, lora_alpha=8)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad])
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = REACH_RATE * (1 - step / steps)
         optimizer.zero_grad()
-        (layer(I).T - target).square().sum().backward()
+        (layer.adapted_weight() - target).square().sum().backward()
         optimizer.step()
     return ((layer.adapted_weight() - target).norm() / (target - W0).norm()).item()
 
@@ -299,13 +301,11 @@ def reach(args, record):
     R = torch.linalg.matrix_exp(Q[:, :4] @ Q[:, 4:].T - Q[:, 4:] @ Q[:, :4].T)  # 4 planes, 1 radian
     targets = {"low rank": W0 + torch.randn(64, 4) @ torch.randn(4, 64) / 16, "diagonal": d * W0,
                "rotation": R @ W0, "rotation of a diagonal": R @ (d * W0)}
-    print(f"{'target':22}", *(f"{name:>11}" for name in [*minisora.METHODS, "best rank r"]))
     for name, W in targets.items():
-        S = torch.linalg.svdvals(W - W0)
         row = {method: fit(method, W0, W, args.steps) for method in minisora.METHODS}
+        S = torch.linalg.svdvals(W - W0)
         row["best rank r"] = (S[4:].norm() / S.norm()).item()  # Eckart and Young
         keep(record, args, {"target": name, **row})
-        print(f"{name:22}", *(f"{cell:11.3f}" for cell in row.values()), flush=True)
 
 
 # ---- what one layer costs
@@ -322,19 +322,16 @@ class PEFTDoRA(minisora.DoRALinear):
 
 
 def bench_layers(dim, device, dtype):
-    """{label: layer} of an nn.Linear and of every method around a copy, away from its start."""
+    """{name: layer} of an nn.Linear and of every method around a copy, away from its start."""
     torch.manual_seed(0)
     layers = {"linear": nn.Linear(dim, dim, device=device, dtype=dtype).requires_grad_(False)}
-    kinds = {"lora": (minisora.LoRALinear, {}), "dora": (minisora.DoRALinear, {}),
-             "dora as in PEFT": (PEFTDoRA, {}), "dora_matrix": (minisora.DoRAMatrixLinear, {}),
-             "pre_diag": (minisora.PreDiagLinear, {})}
-    for rotation in ("exp", "cayley", "first_order"):
-        kinds[f"sora {rotation}"] = minisora.SORALinear, {"rotation": rotation}
-    for label, (kind, arguments) in kinds.items():
-        layer = kind(copy.deepcopy(layers["linear"]), r=16, lora_alpha=32, **arguments)
-        for p in layer.parameters(recurse=False):
+    kinds = {**minisora.METHODS, "dora as in PEFT": PEFTDoRA}
+    for rotation in ("cayley", "first_order"):
+        kinds[f"sora {rotation}"] = functools.partial(minisora.SORALinear, rotation=rotation)
+    for name, kind in kinds.items():
+        layers[name] = kind(copy.deepcopy(layers["linear"]), r=16, lora_alpha=32)
+        for p in layers[name].parameters(recurse=False):
             p.data += 0.02 * torch.randn_like(p)
-        layers[label] = layer
     return layers
 
 
@@ -360,35 +357,30 @@ def bench(args, record):
     """The layers in turn in each round; medians of the times, and of each round's ratios."""
     cuda, wait = args.device == "cuda", getattr(torch, args.device).synchronize
     dtype = torch.bfloat16 if cuda else torch.float32
-    print("forward + backward, r = 16, r_p = 4; saved: for the backward, over the output's size")
     for tokens, dim in BENCH_SIZES_CUDA if cuda else BENCH_SIZES:
-        layers, rows = bench_layers(dim, args.device, dtype), []
+        layers = bench_layers(dim, args.device, dtype)
         x = torch.randn(tokens, dim, device=args.device, dtype=dtype, requires_grad=True)
-        G, ms = torch.randn_like(x), {label: [] for label in layers}
+        G, ms = torch.randn_like(x), {name: [] for name in layers}
         for _ in range(BENCH_ROUNDS + 3):
-            for label, layer in layers.items():
+            for name, layer in layers.items():
                 inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
                 wait()
                 start = time.perf_counter()
                 torch.autograd.grad(layer(x), inputs, G)
                 wait()
-                ms[label].append((time.perf_counter() - start) * 1e3)
-        ms = {label: times[3:] for label, times in ms.items()}  # the first rounds warm up
-        for label, layer in layers.items():
-            row = {"ms": median(ms[label])}
-            for other in ("linear", "lora"):
-                row[f"/ {other}"] = median(a / b for a, b in zip(ms[label], ms[other]))
-            row["GFLOP"] = flops(layer, x) / 1e9
-            row["saved"] = saved_bytes(layer, x) / (G.numel() * G.element_size())
+                ms[name].append((time.perf_counter() - start) * 1e3)
+        ms = {name: times[3:] for name, times in ms.items()}  # the first rounds warm up
+        for name, layer in layers.items():
+            row = {"ms": median(ms[name]), "GFLOP": flops(layer, x) / 1e9,
+                   "/ linear": median(a / b for a, b in zip(ms[name], ms["linear"])),
+                   "/ lora": median(a / b for a, b in zip(ms[name], ms["lora"])),
+                   "saved": saved_bytes(layer, x) / (x.numel() * x.element_size())}
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 layer(x).backward(G)
                 row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            keep(record, args, {"tokens": tokens, "dim": dim, "layer": label, **row})
-            rows.append([label, *(f"{value:.3f}" for value in row.values())])
-        print(f"\n{tokens} tokens, {dim} → {dim}, {dtype}")
-        print_table([["layer", *row], *rows])
+            keep(record, args, {"layer": name, "tokens": tokens, "dim": dim, **row})
 
 
 # ---- the command line
@@ -411,11 +403,9 @@ def arguments(argv):
     add("--reach", action="store_true", help="fit single layers to known targets instead")
     add("--bench", action="store_true", help="time single layers instead")
     args = parser.parse_args(argv)
+    args.base_steps, steps = (60, 12) if args.quick else (BASE_STEPS, STEPS)
     if args.steps is None:
-        args.steps = REACH_STEPS if args.reach else STEPS
-        if args.quick:
-            args.steps = 12
-    args.base_steps = 60 if args.quick else BASE_STEPS
+        args.steps = REACH_STEPS if args.reach else steps
     args.methods = list(dict.fromkeys(args.methods))
     if min(args.seeds, args.steps) < 1:
         parser.error("--seeds and --steps must be at least 1")
@@ -424,17 +414,10 @@ def arguments(argv):
         args.device = next(name for name in has if has[name])
     if not has[args.device]:
         parser.error(f"--device {args.device}: this machine has none, auto takes what is there")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot:
+        import matplotlib  # if it is missing, this fails now and not after the work
     if args.json:
-        part = pathlib.Path(f"{args.json}.part")  # where keep() writes first
-        try:
-            part.touch()
-            part.unlink()
-        except OSError as error:
-            parser.error(f"--json {args.json}: {error.strerror}")
-        if os.path.exists(args.json) and not os.path.isfile(args.json):
-            parser.error(f"--json {args.json}: this is no file")
+        open(args.json, "a").close()  # likewise
     return args
 
 
@@ -459,8 +442,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         status = 130
     finally:  # whatever happened, show what was finished
-        if record["results"] and not args.bench and not args.reach:
+        if record["base"] and record["results"]:
             report(record)
+        elif record["results"]:
+            print_table(record["results"])
     if status:
         print(f"Interrupted: {len(record['results'])} results were finished, and are kept.")
     return status
