@@ -16,8 +16,8 @@ matrix, which acts on W0 before the update is added, or on the sum after it:
     magnitude (m,)       c = magnitude / ‖W0 + sBA‖, one norm a row
     C, D (m, r_p)        factors of a skew-symmetric P, whose rotation R (m, m) is I + LVᵀ
 
-Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), and is computed as
-y = d ∘ (W0 x) + up (down x) + b.
+Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), and all but DoRA as first
+written are computed so: y = d ∘ (W0 x) + up (down x) + b.
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
     ...                                # train: only the adapters have requires_grad
@@ -38,10 +38,10 @@ class Adapter(torch.nn.Module):
     thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
 
     Parameters and dense() have the base's dtype, or float32 if that is half precision, under
-    autocast too; the products with x, and y, have the dtype that the base gives them. W' = W0 at
-    the start: A is Kaiming-uniform(√5) as in loralib, B zero. Base weights loaded later leave
-    DoRA's magnitude stale. Raises TypeError for a base, ValueError for r (a whole number ≥ 1),
-    lora_alpha (finite, not 0) or an x of another width or device. Source: LoRA (arXiv 2106.09685).
+    autocast too; y has the dtype of base(x). W' = W0 at the start: A is Kaiming-uniform(√5) as in
+    loralib, B zero. Base weights loaded later leave DoRA's magnitude stale.
+    Raises TypeError for a base, ValueError for r (a whole number ≥ 1), lora_alpha (finite, not 0)
+    or an x of another width or device. Source: LoRA (arXiv 2106.09685).
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -62,12 +62,10 @@ class Adapter(torch.nn.Module):
     def check_base(base, name="base"):
         weight = getattr(base, "_parameters", {}).get("weight")
         plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
-        if plain:
-            own = [k for k, v in vars(base).items() if k == "forward" or k.endswith("_hooks") and v]
-            shape = (base.out_features, base.in_features)
-            plain = (not own and weight.shape == shape and 0 not in shape and not weight.is_meta
-                     and weight.is_floating_point() and weight.element_size() > 1)
-        if not plain:
+        own = [k for k, v in vars(base).items() if k == "forward" or k.endswith("_hooks") and v]
+        if (not plain or own or weight.shape != (base.out_features, base.in_features)
+                or weight.numel() == 0 or weight.is_meta
+                or not weight.is_floating_point() or weight.element_size() == 1):
             got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
                 f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
@@ -127,13 +125,14 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A new nn.Linear with weight W', frozen; the layer stays. ValueError if not finite."""
-        weight = self.weight
+        """A new nn.Linear with weight W', frozen. The layer stays as it is: there is no unmerge.
+
+        Raises ValueError if W' is not finite.
+        """
+        weight = torch.nn.Parameter(self.weight, requires_grad=False)
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
-        merged = copy.deepcopy(self.base)
-        merged.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return merged
+        return copy.deepcopy(self.base, {id(self.base.weight): weight})  # W' in place of W0
 
     def extra_repr(self):
         shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
@@ -177,7 +176,7 @@ class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
     DoRALinear's parameters, values and gradients, without a second (m, n) matrix. A row's
-    ‖W0 + sBA‖² below ε‖W0‖², ε of the base's dtype, has no right digit: it is set to ε‖W0‖².
+    ‖W0 + sBA‖² below ε‖W0‖², ε of the base's dtype, has no right digit: thin() sets it to that.
     Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
@@ -230,7 +229,7 @@ def rotation_factors(C, D, rotation="exp"):
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
     # E = D − τC, column by column, has the same P for every τ, so τ needs no gradient. This one
-    # leaves nothing to cancel, and P = 0 exactly where D = C.
+    # takes off what lies along C and would cancel: P = 0 exactly where D = C.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
     # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU, and every power series I + k₁P + k₂P² + … is
@@ -324,15 +323,15 @@ def adapt(model, method, target_modules, **kwargs):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     adapted = {module for _, layer in adapters(model) for module in layer.modules()}
-    bases, unmatched, linears = {}, set(targets), set()
+    bases, unmatched = {}, set(targets)
     for name, module in model.named_modules(remove_duplicate=False):
         hits = {target for target in targets if f".{name}".endswith(f".{target}")}
         if hits:
             bases[module] = name
             unmatched -= hits
-        if type(module) is torch.nn.Linear and module not in adapted:
-            linears.add(name.rpartition(".")[2])
     if unmatched or not targets:
+        linears = {name.rpartition(".")[2] for name, m in model.named_modules()
+                   if type(m) is torch.nn.Linear and m not in adapted}
         raise ValueError(f"target_modules {sorted(unmatched)[:3]} match no module; "
                          f"the nn.Linears are named {sorted(linears)[:9]}")
     for module, name in bases.items():
@@ -364,9 +363,9 @@ def merge_adapters(model):
             layer.merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    layers = [layer for _, layer in adapters(model)]
+    layers = adapters(model)
     while layers:
-        layer = layers.pop()
+        _, layer = layers.pop()
         model = replace_module(model, layer, layer.merge())
     return model
 
@@ -420,14 +419,14 @@ def load_adapter_state_dict(model, state):
         "without finite floats of this shape":
             [f"{name} {tuple(own[name].shape)}" for name in state if name in own.keys() - ready]}
     if any(misfits.values()):
-        message = "the state does not fit:"
+        message = "the state does not fit"
         for what, names in misfits.items():
             if names:
-                message += f" {len(names)} {what}: {', '.join(names[:3]):.300};"
+                message += f"; {len(names)} {what}: {', '.join(names[:3]):.300}"
         missing, unexpected, _ = map(sorted, misfits.values())
         prefix = "".join(unexpected[:1]).removesuffix("".join(missing[:1]))
         if missing and unexpected == [prefix + name for name in missing]:
-            message += f" all names of the state have the prefix {prefix!r}"
+            message += f"; all its names have the prefix {prefix!r}"
         raise ValueError(message)
     for name, tensor in ready.items():
         own[name].copy_(tensor)

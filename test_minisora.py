@@ -393,15 +393,6 @@ def test_compile_and_checkpointing_change_nothing(kind):
             close(layer, g, plain[name], size)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_the_first_checkpointed_block_learns_only_with_use_reentrant_false(use_reentrant):
-    first, second = make("sora, exp", m=7), make("dora")
-    x = inputs(first, 3)
-    second(checkpoint(first, x, use_reentrant=use_reentrant)).sum().backward()
-    assert second.B.grad.any() and (first.B.grad is None) == use_reentrant
-
-
 @every_kind
 def test_vmap_over_a_stack_of_adapters_is_a_loop(kind):
     one, two = make(kind), make(kind, seed=5)
@@ -1152,9 +1143,9 @@ def linear(dtype=f32, weight=None, **attributes):
     return base
 
 
-def hooked(kind):
+def hooked():
     base = nn.Linear(3, 2)
-    getattr(base, f"register_{kind}_hook")(lambda *args: None)
+    base.register_forward_pre_hook(lambda *args: None)
     return base
 
 
@@ -1172,10 +1163,7 @@ BAD_BASES = {
     "meta": lambda: nn.Linear(3, 2, device="meta"),
     "Size([0, 3])": lambda: nn.Linear(3, 0),
     "a forward of its own": lambda: linear(forward=lambda x: x),
-    "forward: hooks": lambda: hooked("forward"),
-    "forward_pre: hooks": lambda: hooked("forward_pre"),
-    "full_backward: hooks": lambda: hooked("full_backward"),
-    "full_backward_pre: hooks": lambda: hooked("full_backward_pre"),
+    "hooks": hooked,
     "Size([1, 3])": lambda: linear(weight=nn.Parameter(torch.ones(1, 3))),
 }
 
@@ -1187,7 +1175,7 @@ def test_a_base_that_is_no_plain_linear_is_refused_by_what_it_is(got):
     base = BAD_BASES[got]()
     with pytest.raises(TypeError, match="base must be exactly an nn.Linear") as info:
         LoRALinear(base)
-    assert got.rpartition(": ")[2] in str(info.value)
+    assert got in str(info.value)
     if isinstance(base, nn.Module) and not isinstance(base, Adapter):
         net = nn.ModuleDict({"ok": nn.Linear(2, 2), "odd": base})
         with pytest.raises(TypeError, match="odd must be exactly an nn.Linear"):
@@ -1288,44 +1276,48 @@ def test_messages_have_a_bounded_length():
         assert len(str(info.value)) < 500
 
 
-BAD_CALLS = {
-    "lora, dora, dora_matrix, pre_diag, sora, got 'vera'": lambda net: adapt(net, "vera", ["0"]),
-    "['proj'] match no module": lambda net: adapt(net, "lora", ["0", "proj"]),
-    "['0', 'again', 'out', 'v_proj', 'xq_proj']": lambda net: adapt(net, "lora", ["k_proj"]),
-    "[] match no module": lambda net: adapt(net, "lora", []),
-    "2 must be exactly an nn.Linear": lambda net: adapt(net, "lora", ["0", "2"]),
-    "1.q_proj is already adapted": lambda net: adapt(net, "dora", ["0", "q_proj"]),
-    "1.q_proj.base is already adapted": lambda net: adapt(net, "dora", ["base"]),
-    "r must be": lambda net: adapt(net, "dora", ["0"], r=0),
-    "1 missing: 1.q_proj.B": lambda net: load(net, drop="1.q_proj.B"),
-    "1 unexpected: extra": lambda net: load(net, extra=torch.zeros(1)),
-    "1 without finite floats of this shape: 1.q_proj.A (8, 6)":
-        lambda net: load(net, A=torch.zeros(2, 6)),
-    "shape: 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(9, 6)),
-    ": 1.q_proj.A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6).to(torch.complex64)),
-    "1.q_proj.A (8, 6)": lambda net: load(net, A=[1.0]),
-    "q_proj.A (8, 6)": lambda net: load(net, A=torch.full((8, 6), math.nan)),
-    "proj.A (8, 6)": lambda net: load(net, A=torch.full((8, 6), 1e300, dtype=f64)),
-    ".A (8, 6)": lambda net: load(net, A=torch.zeros(8, 6).as_subclass(Piece)),
-    "meta": lambda net: load(net, A=torch.zeros(8, 6, device="meta")),
-    "1 missing: 1.q_proj.A; 1 unexpected: e": lambda net: load(net, "1.q_proj.A", e=torch.zeros(1)),
-}
-
-
-def load(net, drop=None, A=None, **extra):
-    state = {name: t + 1 for name, t in adapter_state_dict(net).items() if name != drop}
-    load_adapter_state_dict(net, {**state, **extra, **({} if A is None else {"1.q_proj.A": A})})
-
-
-@pytest.mark.parametrize("message", BAD_CALLS)
-def test_a_refused_call_names_the_offender_and_changes_nothing(message):
+@pytest.mark.parametrize("message, targets, options", [
+    ("lora, dora, dora_matrix, pre_diag, sora, got 'vera'", ["0"], {"method": "vera"}),
+    ("['proj'] match no module", ["0", "proj"], {}),
+    ("are named ['0', 'out', 'v_proj', 'xq_proj']", ["k_proj"], {}),
+    ("[] match no module", [], {}),
+    ("2 must be exactly an nn.Linear", ["0", "2"], {}),
+    ("1.q_proj is already adapted", ["0", "q_proj"], {}),
+    ("1.q_proj.base is already adapted", ["base"], {}),
+    ("r must be", ["0"], {"r": 0})])
+def test_a_call_of_adapt_that_is_refused_names_the_offender_and_changes_nothing(
+        message, targets, options):
     net = disturb(model("lora", "q_proj"))
     net[2].requires_grad_(True)
     before = picture(net)
-    with pytest.raises((ValueError, TypeError, NotImplementedError)) as info:
-        BAD_CALLS[message](net)
-    assert message in str(info.value)
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        adapt(net, **{"method": "dora", "target_modules": targets, **options})
     assert picture(net) == before
+
+
+def refused_state(change):
+    """The message for the state of a model after change(state). The model stays as it was."""
+    net = disturb(model("lora", "q_proj"))
+    before, state = picture(net), {name: t + 1 for name, t in adapter_state_dict(net).items()}
+    change(state)
+    with pytest.raises(ValueError) as info:
+        load_adapter_state_dict(net, state)
+    assert picture(net) == before
+    return str(info.value)
+
+
+@pytest.mark.parametrize("wrong", [
+    torch.zeros(2, 6), torch.zeros(9, 6), torch.zeros(8, 6).long(), torch.zeros(8, 6) * 1j, [1.0],
+    torch.full((8, 6), math.nan), torch.full((8, 6), 1e300, dtype=f64), None, np.zeros((8, 6)),
+    torch.zeros(8, 6).as_subclass(Piece)])
+def test_a_state_with_a_tensor_that_does_not_fit_is_refused_by_name_and_shape(wrong):
+    message = refused_state(lambda state: state.update({"1.q_proj.A": wrong}))
+    assert "1 without finite floats of this shape: 1.q_proj.A (8, 6)" in message
+
+
+def test_a_state_with_other_names_is_refused_with_their_numbers():
+    message = refused_state(lambda state: state.update({"e": state.pop("1.q_proj.A")}))
+    assert "1 missing: 1.q_proj.A; 1 unexpected: e" in message
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
@@ -1333,7 +1325,7 @@ def test_a_state_whose_names_have_a_prefix_is_refused_in_a_short_message(prefix)
     net = nn.Sequential(*(Attention() for _ in range(40)))
     adapt(net, "sora", ["q_proj", "v_proj"], r=1)
     state = {prefix + name: t for name, t in adapter_state_dict(net).items()}
-    with pytest.raises(ValueError, match=f"have the prefix '{prefix}'") as info:
+    with pytest.raises(ValueError, match=f"all its names have the prefix '{prefix}'") as info:
         load_adapter_state_dict(net, state)
     assert "400 missing: 0.q_proj.A, " in str(info.value) and len(str(info.value)) < 400
 
@@ -1501,28 +1493,25 @@ def test_rows_at_equal_parameters_have_about_equal_parameters():
     assert count["sora_no_diag"] < count["sora"]
 
 
+def results(*scores):
+    """What a run leaves behind, for these (method, seed, bpb)."""
+    rest = {"trainable": 445952, "merged_bpb": 2.5, "ms_per_step": 999.9, "entropy": 4.0}
+    return {"config": {"parameters": 445952}, "base": {"target_bpb": 3.0}, "results": [
+        {"method": method, "seed": seed, "bpb": bpb, **rest,
+         "orthogonality": 1e-7 if "sora" in method else None} for method, seed, bpb in scores]}
+
+
 def test_the_table_of_five_seeds_of_all_rows_fits_100_columns(capsys):
-    results = []
-    for name in train_tiny.METHODS:
-        for seed in range(5):
-            results.append({"method": name, "seed": seed, "trainable": 445952,
-                            "bpb": 2.5 + seed / 9, "merged_bpb": 2.5,
-                            "ms_per_step": 999.9, "entropy": 4.0,
-                            "orthogonality": 1e-7 if "sora" in name else None})
-    train_tiny.report({"results": results, "config": {"parameters": 445952},
-                       "base": {"target_bpb": 3.0}})
+    scores = [(name, seed, 2.5 + seed / 9) for name in train_tiny.METHODS for seed in range(5)]
+    train_tiny.report(results(*scores))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(train_tiny.METHODS) + 2 and max(map(len, lines)) <= 100
     assert lines[3].startswith("lora ") and "+0.0000 ± 0.0000" in lines[3]
 
 
 def test_the_difference_from_lora_is_paired_with_its_standard_error(capsys):
-    rest = {"trainable": 1, "merged_bpb": 2.0, "ms_per_step": 1.0, "entropy": 1.0,
-            "orthogonality": None}
-    results = [{"method": m, "seed": s, "bpb": bpb, **rest} for m, s, bpb in
-               [("lora", 0, 2.0), ("lora", 1, 3.0), ("dora", 0, 2.1), ("dora", 1, 3.3)]]
-    record = {"results": results, "config": {"parameters": 1}, "base": {"target_bpb": 3.0}}
-    train_tiny.report(record)
+    scores = [("lora", 0, 2.0), ("lora", 1, 3.0), ("dora", 0, 2.1), ("dora", 1, 3.3)]
+    train_tiny.report(results(*scores))
     assert "+0.2000 ± 0.1000" in capsys.readouterr().out
 
 
@@ -1599,16 +1588,10 @@ def test_the_bench_has_a_row_for_each_layer(script, capsys):
 
 
 def test_dora_as_in_peft_is_dora():
-    layers = train_tiny.bench_layers(16, torch.device("cpu"), torch.float32)
-    layer, original = layers["dora as in PEFT"], layers["dora"]
-    original.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 16)
-    assert torch.allclose(layer(x), original(x), atol=1e-5)
-    layer(x).square().sum().backward()
-    original(x).square().sum().backward()
-    for name in ("A", "B", "magnitude"):
-        own, other = getattr(layer, name).grad, getattr(original, name).grad
-        assert torch.allclose(own, other, rtol=1e-3, atol=1e-3)
+    layers, x = train_tiny.bench_layers(16, torch.device("cpu"), f32), torch.randn(5, 16)
+    peft, dora = layers["dora as in PEFT"], layers["dora"]
+    dora.load_state_dict(peft.state_dict())
+    close(dora, peft(x), dora(x), output(dora, x)[1])
 
 
 @pytest.mark.parametrize("file", ["no/where.json", "."])
