@@ -184,12 +184,8 @@ def output(layer, x):
 # ------------------------------------------------------------------ all five layers
 
 @for_all_layers(trained=False)
-def test_at_step_0_the_weight_is_W0_bit_for_bit(layer):
+def test_at_step_0_the_weight_is_W0_bit_for_bit_and_the_layer_is_its_base(layer):
     assert torch.equal(layer.weight, layer.base.weight)
-
-
-@for_all_layers(trained=False)
-def test_at_step_0_the_layer_is_its_base(layer):
     x = inputs(layer, 3)
     close(layer, layer(x), layer.base(x), output(layer, x)[1])
 
@@ -256,30 +252,27 @@ def test_the_layer_is_affine(layer):
 
 @for_all_layers(dtypes=(f32, f64, bf16))
 def test_merging_gives_a_plain_linear_with_the_adapted_weight(layer):
-    """Nothing is shared with the layer, which stays bit for bit, as the random state does."""
-    before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
-    merged, again = layer.eval().merge(), layer.merge()
-    assert type(merged) is nn.Linear and not merged.training and layer.train().merge().training
+    """Nothing is shared with the layer, which stays bit for bit."""
+    before = copy.deepcopy(layer.state_dict())
+    merged, again = layer.eval().merge(), layer.train().merge()
+    assert type(merged) is nn.Linear and not merged.training and again.training
     assert torch.equal(merged.weight, layer.weight) and torch.equal(merged.weight, again.weight)
-    assert not any(p.requires_grad for p in merged.parameters())
     assert (merged.bias is None) == (layer.bias is None)
     for p in merged.parameters():
+        assert not p.requires_grad
         p.data.fill_(7)
     assert all(torch.equal(before[name], t) for name, t in layer.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @every_kind
 def test_every_gradient_is_right(kind):
-    """gradcheck of forward and dense form. A detached norm has none: see DoRA."""
+    """gradcheck in float64. A detached norm has none: see DoRA."""
     kind = kind + ", full" if kind in ("dora", "dora_matrix") else kind
     layer = make(kind, m=4, n=3, r=2, r_p=1)
-    names = [name for name, p in layer.named_parameters() if p.requires_grad]
-    tensors = [layer.get_parameter(name) for name in names]
+    names, tensors = zip(*[(k, p) for k, p in layer.named_parameters() if p.requires_grad])
 
     def f(x, *tensors):
-        with torch.nn.utils.stateless._reparametrize_module(layer, dict(zip(names, tensors))):
-            return layer(x), layer.dense()
+        return torch.func.functional_call(layer, dict(zip(names, tensors)), (x,))
     assert torch.autograd.gradcheck(f, (inputs(layer, 2).requires_grad_(), *tensors))
 
 
@@ -470,26 +463,24 @@ def test_a_cast_to_half_after_adapting_leaves_a_layer_that_is_right_to_half_prec
     assert layer.merge().weight.dtype == f16
 
 
-def test_a_new_method_is_its_equation_alone():
-    """With a dropout and a parameter in a submodule: forward, state, merge and modes are right."""
-    class Scaled(Adapter):
-        def __init__(self, base, r=8, lora_alpha=16):
-            super().__init__(base, r, lora_alpha)
-            self.inner = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+class Scaled(Adapter):
+    """A method with a parameter in a submodule, and a dropout."""
 
-        def dense(self):
-            return self.inner[0].weight * self.W0 + self.scaling * self.B @ self.A
-    METHODS["scaled"] = Scaled
-    try:
-        net = disturb(adapt(model().eval(), "scaled", "q_proj"))
-    finally:
-        del METHODS["scaled"]
-    assert not net[1].q_proj.inner[1].training
-    x, layer = torch.randn(3, 6), net[1].q_proj
+    def __init__(self, base, r=8, lora_alpha=16):
+        super().__init__(base, r, lora_alpha)
+        self.inner = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+
+    def dense(self):
+        return self.inner[0].weight * self.W0 + self.scaling * self.B @ self.A
+
+
+def test_a_new_method_is_its_equation_alone(monkeypatch):
+    """Its forward, state, merge and modes are then right."""
+    monkeypatch.setitem(METHODS, "scaled", Scaled)
+    net, x = disturb(adapt(model().eval(), "scaled", "q_proj")), torch.randn(3, 6)
+    layer, y = net[1].q_proj, net(x)
     assert torch.allclose(layer(x), F.linear(x, layer.dense(), layer.bias), atol=1e-6)
-    own = {f"1.q_proj.{name}" for name in ("A", "B", "inner.0.weight")}
-    assert own <= set(adapter_state_dict(net))
-    y = net(x)
+    assert not layer.inner[1].training and "1.q_proj.inner.0.weight" in adapter_state_dict(net)
     assert torch.allclose(merge_adapters(net)(x), y, atol=1e-5)
 
 
@@ -707,13 +698,11 @@ def test_sora_rotation_is_the_dense_one(layer):
 def test_the_exponential_is_e_to_the_P_up_to_angle_50(theta, seed, r_p):
     """Within 1e-12 of the dense exponential, in value and in gradient (relative to its size)."""
     C, D = factors(20, r_p, 1, 1, seed)
-    scale = theta / np.linalg.norm(skew(C, D)[0], 2)
-    for _ in range(3):  # s_P makes the angle linear in the factors, once it is below 1
-        C, D = C * scale, D * scale
-        scale = theta / np.linalg.norm(skew(C, D)[0], 2)
-    layer, G = sora(C, D, "sora, exp"), torch.from_numpy(factors(20, 20, 1, 1, seed + 1)[0])
+    scale = theta / np.linalg.norm(skew(C, D)[0], 2)  # s_P < 1 here: linear in the factors
+    layer = sora(scale * C, scale * D, "sora, exp")
+    G = torch.from_numpy(factors(20, 20, 1, 1, seed + 1)[0])
     R = layer.rotation_matrix()
-    close(layer, R, rotation(skew(C, D)[0], "exp"), k=1, eps=1e-12)
+    close(layer, R, rotation(skew(scale * C, scale * D)[0], "exp"), k=1, eps=1e-12)
     norms = torch.linalg.norm(layer.C) + torch.linalg.norm(layer.D)
     P = (layer.D @ layer.C.T - layer.C @ layer.D.T) / (norms + 1e-6).clamp(min=1)
     dense = torch.linalg.matrix_exp(torch.stack([P, P]))[0]  # torch 2.13 errs by 2e-10 on one alone
@@ -727,26 +716,20 @@ def test_the_exponential_is_e_to_the_P_up_to_angle_50(theta, seed, r_p):
 @sizes
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_sora_rotation_is_orthogonal_for_factors_of_any_sizes(kind, near, of_C, of_D):
-    """|RᵀR − I| ≤ 5e-13 in float64, with finite gradients; Cayley 5e-11 at angles of 10⁵."""
+    """|RᵀR − I| ≤ 5e-13 in float64, with finite gradients; Cayley 5e-11 at angles of 10⁵.
+
+    To float32's ε for the L and V that a float32 layer applies: a core in float32 loses six digits.
+    """
     for seed in range(3):
-        layer = sora(*factors(64, 4, of_C, of_D, seed, near), kind)
+        C, D = factors(64, 4, of_C, of_D, seed, near)
+        layer, single = sora(C, D, kind), sora(C, D, kind, f32)
         R = layer.rotation_matrix()
         close(layer, R.T @ R, np.eye(64), k=1, eps=5e-13 if kind == "sora, exp" else 5e-11)
         assert np.isclose(np.linalg.det(array(R)), 1, atol=1e-9)
         grads = torch.autograd.grad(R[0].sum(), [layer.C, layer.D])
         assert all(g.isfinite().all() for g in grads)
-
-
-@nears
-@sizes
-@pytest.mark.parametrize("kind", ROTATIONS)
-def test_sora_rotation_is_orthogonal_to_float32_accuracy_as_the_forward_applies_it(
-        kind, near, of_C, of_D):
-    """I + LVᵀ of float32 L and V. A float32 core loses up to six digits here."""
-    for seed in range(3):
-        layer = sora(*factors(64, 4, of_C, of_D, seed, near), kind, f32)
-        L, V = (array(t.float()) for t in rotation_factors(layer.C, layer.D, layer.rotation))
-        for R in (array(layer.rotation_matrix()), np.eye(64) + L @ V.T):
+        L, V = (array(t.float()) for t in rotation_factors(single.C, single.D, single.rotation))
+        for R in (array(single.rotation_matrix()), np.eye(64) + L @ V.T):
             close(layer, R.T @ R, np.eye(64), k=1, eps=2.0**-23)
 
 
@@ -790,13 +773,12 @@ def test_sora_leaves_all_that_is_orthogonal_to_C_and_D_alone(kind, seed, scale):
 @pytest.mark.parametrize("kind", SORAS)
 @pytest.mark.parametrize("length, s_P", [(1.0, 1 / 2.000001), (0.25, 1.0), (40.0, 1 / 80.000001)])
 def test_sora_turns_a_known_plane_by_a_known_angle(kind, length, s_P):
-    """C = c·e1, D = c·e2: e1 turns towards e2 by θ = s_P c² (exp), 2 atan(θ/2) (Cayley)."""
+    """C = c·e1, D = c·e2: R multiplies x1 + i x2 by e^(iθ), or as the others say, θ = s_P c²."""
     C, D, theta = length * np.eye(5)[:, :1], length * np.eye(5)[:, 1:2], s_P * length**2
-    cos, sin = {"sora, exp": (math.cos(theta), math.sin(theta)), "sora, first_order": (1, theta),
-                "sora, cayley": (math.cos(2 * math.atan(theta / 2)),
-                                 math.sin(2 * math.atan(theta / 2)))}[kind]
+    z = {"sora, exp": np.exp(1j * theta), "sora, first_order": 1 + 1j * theta,
+         "sora, cayley": (1 + 0.5j * theta) / (1 - 0.5j * theta)}[kind]
     exact = np.eye(5)
-    exact[:2, :2] = [[cos, -sin], [sin, cos]]
+    exact[:2, :2] = [[z.real, -z.imag], [z.imag, z.real]]
     close(None, sora(C, D, kind).rotation_matrix(), exact, (1 + theta) ** 2, k=16)
 
 
@@ -1009,11 +991,6 @@ def test_one_name_is_as_a_list_of_one_and_their_order_changes_nothing():
     states = [adapter_state_dict(model("sora", names))
               for names in (["q_proj", "0"], ["0", "q_proj"], {"0", "q_proj"})]
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
-
-
-def test_an_adapter_takes_over_whether_its_base_trains_or_evaluates():
-    assert not adapt(model().eval(), "dora", ["q_proj"])[1].q_proj.training
-    assert model("dora")[1].q_proj.training
 
 
 def test_adapting_uses_the_defaults_of_the_interface():
@@ -1393,28 +1370,17 @@ def test_a_weight_that_overflows_on_the_cast_is_not_merged():
 # ------------------------------------------------------------------ in other code
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_transformer_encoder_is_right_on_its_fast_path(method, masked):
-    """In eval mode it reads linear1.weight past the module, and finds W'; padded batches too."""
-    torch.manual_seed(0)
+def test_transformer_encoder_is_right_on_its_fast_path(method):
+    """In eval mode it reads linear1.weight past the module, and finds W'; in padded batches."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     net = disturb(adapt(nn.TransformerEncoder(layer, 2), method, ["linear1", "linear2"], r=2))
-    x = torch.randn(3, 5, 8)
-    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]]) if masked else None
-    keep = ~padding if masked else torch.ones(3, 5, dtype=torch.bool)
+    x, padding = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [4]])
     slow, plain = net(x, src_key_padding_mask=padding), merge_adapters(copy.deepcopy(net)).eval()
     with torch.no_grad():
-        fast = net.eval()(x, src_key_padding_mask=padding)
-        assert torch.allclose(fast[keep], slow[keep], atol=1e-4)
-        assert torch.allclose(fast[keep], plain(x, src_key_padding_mask=padding)[keep], atol=1e-5)
-
-
-def test_the_output_projection_of_multihead_attention_is_refused():
-    """nn.MultiheadAttention never calls out_proj, whose class says so."""
-    net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(TypeError, match=r"attn.out_proj must be exactly .*got NonDynamically"):
-        adapt(net, "lora", ["out_proj"])
+        fast, merged = (m(x, src_key_padding_mask=padding)[~padding] for m in (net.eval(), plain))
+    assert torch.allclose(fast, slow[~padding], atol=1e-4)
+    assert torch.allclose(fast, merged, atol=1e-5)
 
 
 # ------------------------------------------------------------------ the price, in counts
@@ -1773,15 +1739,9 @@ def test_a_peft_file_becomes_the_weight_that_peft_writes_down_and_comes_back(dor
 
 @pytest.mark.parametrize("field, value", [
     ("peft_type", "IA3"), ("use_rslora", True), ("alpha_pattern", {"q_proj": 4}),
-    ("rank_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa"),
-    ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
-    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
-    ("init_lora_weights", "lora_ga"), ("modules_to_save", ["head"]), ("bias", "all"),
-    ("bias", "lora_only"), ("lora_bias", True), ("fan_in_fan_out", True), ("use_qalora", True),
-    ("use_bdlora", {"nblocks": 2}), ("layer_replication", [[0, 1]]),
-    ("trainable_token_indices", [1]), ("target_parameters", ["q_proj.weight"]),
-    ("alora_invocation_tokens", [1]), ("megatron_config", {"size": 1}),
-    ("a_field_of_the_future", True)])
+    ("rank_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa"), ("bias", "lora_only"),
+    ("init_lora_weights", "olora"), ("modules_to_save", ["head"]), ("fan_in_fan_out", True),
+    ("use_qalora", True), ("layer_replication", [[0, 1]]), ("a_field_of_the_future", True)])
 def test_a_peft_setting_that_means_another_function_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         readme_block("def from_peft")["from_peft"]({**CONFIG, field: value}, peft_file(False))
