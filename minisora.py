@@ -277,7 +277,7 @@ class SORALinear(Adapter):
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        R = torch.eye(len(L), dtype=L.dtype, device=L.device) + L @ V.T
+        R = torch.eye(len(L), device=L.device) + L @ V.T
         return R.to(torch.promote_types(self.C.dtype, torch.float32))
 
     def dense(self):
@@ -376,9 +376,10 @@ def trained_parameters(model):
     for module in model.modules():
         if isinstance(module, Adapter):
             own |= set(module.parameters()) - set(module.base.parameters())
-        matrix = getattr(module, "A" if isinstance(module, Adapter) else "weight", None)
-        if isinstance(module, (Adapter, torch.nn.Linear)) and matrix.dim() != 2:
-            flat |= set(module.parameters())  # FSDP1 leaves pieces
+        if isinstance(module, (Adapter, torch.nn.Linear)):
+            matrix = module.A if isinstance(module, Adapter) else module.weight
+            if matrix.dim() != 2:  # FSDP1 leaves flat pieces
+                flat |= set(module.parameters())
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
         if p in flat or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
