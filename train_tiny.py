@@ -209,7 +209,7 @@ def keep(record, args, result):
     if args.json:
         pathlib.Path(f"{args.json}.part").write_text(json.dumps(record, indent=1, allow_nan=False))
         os.replace(f"{args.json}.part", args.json)
-    print(f"{len(record['results'])} results", file=sys.stderr)
+    print(f"result {len(record['results'])}", file=sys.stderr)
 
 
 # ---- tables and picture
