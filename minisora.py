@@ -35,7 +35,7 @@ class Adapter(torch.nn.Module):
 
     To add a method: check its arguments, call super().__init__, make its parameters and write
     dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
-    thin() makes it fast: (d or None, up, down) with dense() = diag(d) W0 + up down.
+    thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
 
     Parameters and dense() have the base's dtype, or float32 if that is half precision, under
     autocast too; y has the dtype of base(x). W' = W0 at the start: A is Kaiming-uniform(√5) as in
@@ -66,7 +66,7 @@ class Adapter(torch.nn.Module):
         if (not plain or own or weight.shape != (base.out_features, base.in_features)
                 or weight.numel() == 0 or weight.is_meta
                 or not weight.is_floating_point() or weight.element_size() == 1):
-            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
+            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")] + own
             raise TypeError(
                 f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
                 "a weight of 16 to 64 bit floats that is not empty, computed, quantised, sharded "
@@ -115,7 +115,8 @@ class Adapter(torch.nn.Module):
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            W = self.adapted_weight().to(self.base.weight.dtype)
+            return torch.nn.functional.linear(x, W, self.bias)
         d, up, down = thin
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
@@ -316,8 +317,8 @@ def adapt(model, method, target_modules, **kwargs):
     method: a key of METHODS, whose class gets kwargs (r, lora_alpha, …). target_modules: one name
     or several, each for the modules whose dotted name is it or ends in "." + it, as in Hugging Face
     PEFT. A linear at several places is wrapped once, and shared. A model without adapters is
-    frozen first; in one that has some, what trains keeps training. Raises ValueError for a method
-    or a name, TypeError for a base that Adapter refuses; the model is then unchanged.
+    frozen first; in one that has some, only what is wrapped. Raises ValueError for a method or a
+    name, TypeError for a base that Adapter refuses; the model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -380,6 +381,8 @@ def trained_parameters(model):
             matrix = module.A if isinstance(module, Adapter) else module.weight
             if matrix.dim() != 2:  # FSDP1 leaves flat pieces
                 flat |= set(module.parameters())
+    if not own:
+        raise ValueError("the model has no adapters: take its state before it is merged")
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
         if p in flat or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
@@ -394,7 +397,7 @@ def adapter_state_dict(model):
     """{name: copy} of every adapter tensor and every other parameter with requires_grad (a head).
 
     All that training changes but buffers. Keep the arguments of adapt beside it: they are not in
-    it. Raises ValueError, with its name, for a parameter that is sharded or on meta.
+    it. Raises ValueError without adapters, or, by name, for a parameter sharded or on meta.
     """
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
@@ -420,7 +423,7 @@ def load_adapter_state_dict(model, state):
         "without finite floats of this shape":
             [f"{name} {tuple(own[name].shape)}" for name in state if name in own.keys() - ready]}
     if any(misfits.values()):
-        message = "the state does not fit"
+        message = "the state does not fit the model, adapted and unfrozen as it is"
         for what, names in misfits.items():
             if names:
                 message += f"; {len(names)} {what}: {', '.join(names[:3]):.300}"

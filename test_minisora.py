@@ -1095,6 +1095,14 @@ def test_adapter_state_goes_through_a_file_bit_for_bit(method):
     assert torch.equal(twin(x), net(x)) and not any(t.requires_grad for t in state.values())
 
 
+def test_a_model_without_adapters_has_no_adapter_state():
+    """After a merge it is too late, and an empty state would say so to nobody."""
+    state, net = adapter_state_dict(model("lora")), merge_adapters(model("lora"))
+    for call in (adapter_state_dict, lambda net: load_adapter_state_dict(net, state)):
+        with pytest.raises(ValueError, match="has no adapters"):
+            call(net)
+
+
 def test_a_state_made_of_the_models_own_tensors_is_copied_first():
     net = disturb(model("lora"))
     own, before = dict(net.named_parameters()), adapter_state_dict(net)
@@ -1142,7 +1150,7 @@ BAD_BASES = {
     "meta": lambda: nn.Linear(3, 2, device="meta"),
     "Size([0, 3])": lambda: nn.Linear(3, 0),
     "a forward of its own": lambda: linear(forward=lambda x: x),
-    "hooks": hooked,
+    "_forward_pre_hooks": hooked,
     "Size([1, 3])": lambda: linear(weight=nn.Parameter(torch.ones(1, 3))),
 }
 
@@ -1760,13 +1768,14 @@ def test_a_peft_tensor_that_is_no_linears_adapter_is_refused_by_name(key):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_lora_and_dora_go_to_peft_and_nothing_trained_beside_them(method):
     to_peft = readme_block("def from_peft")["to_peft"]
-    kwargs = {"r": 2, "lora_alpha": 6}
-    model = adapt(peft_model(), method, "q_proj", **kwargs)
+    net = adapt(peft_model(), method, "q_proj")
+    state = adapter_state_dict(net)
     if method in ("pre_diag", "sora"):
         with pytest.raises(ValueError, match=method):
-            to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
+            to_peft(method, ["q_proj"], {}, state)
     else:
-        to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
-    model["o_proj"].requires_grad_(True)
-    with pytest.raises(ValueError, match=method):
-        to_peft(method, ["q_proj"], kwargs, adapter_state_dict(model))
+        config, _ = to_peft(method, ["q_proj"], {}, state)
+        assert (config["r"], config["lora_alpha"]) == (8, 16)  # the defaults of adapt
+    rest = {"o_proj.weight": torch.ones(1)} if method == "lora" else {}
+    with pytest.raises(ValueError, match="no place for"):
+        to_peft("lora", ["q_proj"], {}, {**state, **rest})
