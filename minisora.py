@@ -406,32 +406,28 @@ def adapter_state_dict(model):
 def load_adapter_state_dict(model, state):
     """Copy an adapter_state_dict into model, adapted and unfrozen alike.
 
-    Raises ValueError that counts and names what is missing, unexpected, of another shape, no plain
-    floats or not finite; nothing is then copied.
+    Raises ValueError with the numbers and the first names of what is missing and unexpected, or
+    for a tensor of another shape, not of plain floats or not finite; nothing is then copied.
     """
     own, ready = trained_parameters(model), {}
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(str(name) for name in state.keys() - own.keys())
+    if missing or unexpected:
+        message = ("the state does not fit the model, adapted and unfrozen as it is: "
+                   f"{len(missing)} missing ({', '.join(missing[:3]):.300}), "
+                   f"{len(unexpected)} unexpected ({', '.join(unexpected[:3]):.300})")
+        prefix = "".join(unexpected[:1]).removesuffix("".join(missing[:1]))
+        if unexpected == [prefix + name for name in missing]:
+            message += f", all with the prefix {prefix!r}"
+        raise ValueError(message)
     for name, p in own.items():
-        tensor = state.get(name)
+        tensor = state[name]
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
         if plain and tensor.shape == p.shape:
-            tensor = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
-            if tensor.isfinite().all():
-                ready[name] = tensor
-    misfits = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [str(name) for name in state if name not in own],
-        "without finite floats of this shape":
-            [f"{name} {tuple(own[name].shape)}" for name in state if name in own.keys() - ready]}
-    if any(misfits.values()):
-        message = "the state does not fit the model, adapted and unfrozen as it is"
-        for what, names in misfits.items():
-            if names:
-                message += f"; {len(names)} {what}: {', '.join(names[:3]):.300}"
-        missing, unexpected, _ = map(sorted, misfits.values())
-        prefix = "".join(unexpected[:1]).removesuffix("".join(missing[:1]))
-        if missing and unexpected == [prefix + name for name in missing]:
-            message += f"; all its names have the prefix {prefix!r}"
-        raise ValueError(message)
+            ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
+        if name not in ready or not ready[name].isfinite().all():
+            raise ValueError(f"{name} must be finite floats of shape {tuple(p.shape)}, got "
+                             f"{type(tensor).__name__} {tuple(getattr(tensor, 'shape', ()))}")
     for name, tensor in ready.items():
         own[name].copy_(tensor)
 

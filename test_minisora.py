@@ -1044,7 +1044,7 @@ def test_a_head_trained_beside_the_adapters_is_in_the_state():
     net, twin = model("sora"), model("sora")
     net[2].requires_grad_(True)
     state = adapter_state_dict(disturb(net))
-    with pytest.raises(ValueError, match="2 unexpected: 2.weight, 2.bias"):
+    with pytest.raises(ValueError, match=r"2 unexpected \(2.bias, 2.weight\)"):
         load_adapter_state_dict(twin, state)  # the twin's is frozen
     twin[2].requires_grad_(True)
     load_adapter_state_dict(twin, state)
@@ -1299,12 +1299,13 @@ def refused_state(change):
     torch.zeros(8, 6).as_subclass(Piece)])
 def test_a_state_with_a_tensor_that_does_not_fit_is_refused_by_name_and_shape(wrong):
     message = refused_state(lambda state: state.update({"1.q_proj.A": wrong}))
-    assert "1 without finite floats of this shape: 1.q_proj.A (8, 6)" in message and "prefix" not in message
+    assert "1.q_proj.A must be finite floats of shape (8, 6), got " in message
+    assert type(wrong).__name__ in message
 
 
 def test_a_state_with_other_names_is_refused_with_their_numbers():
     message = refused_state(lambda state: state.update({"e": state.pop("1.q_proj.A")}))
-    assert "1 missing: 1.q_proj.A; 1 unexpected: e" in message
+    assert "1 missing (1.q_proj.A), 1 unexpected (e)" in message and "prefix" not in message
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
@@ -1312,9 +1313,9 @@ def test_a_state_whose_names_have_a_prefix_is_refused_in_a_short_message(prefix)
     net = nn.Sequential(*(Attention() for _ in range(40)))
     adapt(net, "sora", ["q_proj", "v_proj"], r=1)
     state = {prefix + name: t for name, t in adapter_state_dict(net).items()}
-    with pytest.raises(ValueError, match=f"all its names have the prefix '{prefix}'") as info:
+    with pytest.raises(ValueError, match=f"all with the prefix '{prefix}'") as info:
         load_adapter_state_dict(net, state)
-    assert "400 missing: 0.q_proj.A, " in str(info.value) and len(str(info.value)) < 400
+    assert "400 missing (0.q_proj.A, " in str(info.value) and len(str(info.value)) < 400
 
 
 def flat(p):
