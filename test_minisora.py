@@ -1304,6 +1304,8 @@ def test_a_state_with_a_tensor_that_does_not_fit_is_refused_by_name_and_shape(wr
 
 
 def test_a_state_with_other_names_is_refused_with_their_numbers():
+    message = refused_state(lambda state: state.pop("1.q_proj.A"))
+    assert "1 missing (1.q_proj.A), 0 unexpected ()" in message
     message = refused_state(lambda state: state.update({"e": state.pop("1.q_proj.A")}))
     assert "1 missing (1.q_proj.A), 1 unexpected (e)" in message and "prefix" not in message
 
