@@ -338,16 +338,12 @@ def bench_layers(dim, device, dtype):
 
 def saved_bytes(layer, x):
     """Bytes that autograd keeps for the backward: each storage once, without x and parameters."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
-    for known in (x, *layer.parameters()):
-        kept.pop(known.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    return sum(size for pointer, size in sizes.items() if pointer not in known)
 
 
 def flops(layer, x):
