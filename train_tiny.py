@@ -162,20 +162,19 @@ def updates(model, base):
 @torch.no_grad()
 def measure(model, base, test):
     """What a trained model is worth, and the shape of its updates. All None if it diverged."""
-    found = dict.fromkeys(["bpb", "merged_bpb", "entropy", "stable_rank", "orthogonality"])
     bpb = model.bits_per_byte(test)
     if not math.isfinite(bpb):
-        return found
+        return dict.fromkeys(["bpb", "merged_bpb", "entropy", "stable_rank", "orthogonality"])
     merged, deltas = minisora.merge_adapters(copy.deepcopy(model)), updates(model, base)
-    found |= {"bpb": bpb, "merged_bpb": merged.bits_per_byte(test),
-              "entropy": mean(minisora.singular_value_entropy(d).item() for d in deltas),
-              "stable_rank": mean(minisora.stable_rank(d).item() for d in deltas)}
     defects = []
     for _, layer in minisora.adapters(model):
         if isinstance(layer, minisora.SORALinear):
             R = layer.rotation_matrix().cpu().double()
             defects.append(torch.linalg.matrix_norm(R.T @ R - torch.eye(len(R)), 2).item())
-    return {**found, "orthogonality": max(defects, default=None)}
+    return {"bpb": bpb, "merged_bpb": merged.bits_per_byte(test),
+            "entropy": mean(minisora.singular_value_entropy(d).item() for d in deltas),
+            "stable_rank": mean(minisora.stable_rank(d).item() for d in deltas),
+            "orthogonality": max(defects, default=None)}
 
 
 def experiment(args, record):
@@ -278,15 +277,16 @@ def plot(file, base, models, losses):
 # ---- what each method can reach
 
 
-def fit(method, W0, target, steps):
+def fit(method, W0, target, args):
     """‖W' − W*‖F / ‖W* − W0‖F, with r = r_p = 4, after Adam at a rate that falls to 0."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 64, bias=False)
     linear.weight.data.copy_(W0)
-    layer = minisora.METHODS[method](linear, r=4, lora_alpha=8).to(W0.device)
+    layer = minisora.METHODS[method](linear, r=4, lora_alpha=8).to(args.device)
+    W0, target = W0.to(args.device), target.to(args.device)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad])
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = REACH_RATE * (1 - step / steps)
+    for step in range(args.steps):
+        optimizer.param_groups[0]["lr"] = REACH_RATE * (1 - step / args.steps)
         optimizer.zero_grad()
         (layer.adapted_weight() - target).square().sum().backward()
         optimizer.step()
@@ -302,8 +302,7 @@ def reach(args, record):
     targets = {"low rank": W0 + torch.randn(64, 4) @ torch.randn(4, 64) / 16, "diagonal": d * W0,
                "rotation": R @ W0, "rotation of a diagonal": R @ (d * W0)}
     for name, W in targets.items():
-        fitted = [W0.to(args.device), W.to(args.device), args.steps]
-        row = {method: fit(method, *fitted) for method in minisora.METHODS}
+        row = {method: fit(method, W0, W, args) for method in minisora.METHODS}
         S = torch.linalg.svdvals(W - W0)
         row["best rank r"] = (S[4:].norm() / S.norm()).item()  # Eckart and Young
         keep(record, args, {"target": name, **row})
