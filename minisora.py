@@ -62,7 +62,8 @@ class Adapter(torch.nn.Module):
     def check_base(base, name="base"):
         weight = getattr(base, "_parameters", {}).get("weight")
         plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
-        own = [k for k, v in vars(base).items() if k == "forward" or k.endswith("_hooks") and v]
+        inside = getattr(base, "__dict__", {}).items()
+        own = [k for k, v in inside if k == "forward" or k.endswith("_hooks") and v]
         if (not plain or own or weight.shape != (base.out_features, base.in_features)
                 or weight.numel() == 0 or weight.is_meta
                 or not weight.is_floating_point() or weight.element_size() == 1):
@@ -115,6 +116,7 @@ class Adapter(torch.nn.Module):
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
+            # Not self.weight: nn.Module hides an AttributeError that a property raises.
             W = self.adapted_weight().to(self.base.weight.dtype)
             return torch.nn.functional.linear(x, W, self.bias)
         d, up, down = thin
@@ -154,8 +156,8 @@ class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
-    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3):
-    a row w of W then has cG for c(G − ⟨G, ŵ⟩ŵ), G being that of W' and ŵ = w / ‖w‖.
+    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
+    With G the gradient of W' and ŵ = w / ‖w‖, a row w of W then gets cG, not c(G − ⟨G, ŵ⟩ŵ).
     A row w = 0 stays 0. Source: DoRA (arXiv 2402.09353).
     """
 
@@ -176,8 +178,8 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
 
-    DoRALinear's parameters, values and gradients, without a second (m, n) matrix. A row's
-    ‖W0 + sBA‖² below ε‖W0‖², ε of the base's dtype, has no right digit: thin() sets it to that.
+    DoRALinear's parameters, values and gradients, without a second (m, n) matrix. Where a row's
+    ‖W0 + sBA‖² is below ε‖W0‖², ε of the base's dtype, it has no right digit: thin() takes ε‖W0‖².
     Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
     """
 
@@ -416,9 +418,10 @@ def load_adapter_state_dict(model, state):
         message = ("the state does not fit the model, adapted and unfrozen as it is: "
                    f"{len(missing)} missing ({', '.join(missing[:3]):.300}), "
                    f"{len(unexpected)} unexpected ({', '.join(unexpected[:3]):.300})")
-        prefix = "".join(unexpected[:1]).removesuffix("".join(missing[:1]))
-        if unexpected == [prefix + name for name in missing]:
-            message += f", all with the prefix {prefix!r}"
+        if missing and unexpected:
+            prefix = unexpected[0].removesuffix(missing[0])
+            if unexpected == [prefix + name for name in missing]:
+                message += f", all with the prefix {prefix!r}"
         raise ValueError(message)
     for name, p in own.items():
         tensor = state[name]
