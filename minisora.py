@@ -38,10 +38,8 @@ class Adapter(torch.nn.Module):
     thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
 
     Parameters and dense() have the base's dtype, or float32 if that is half precision, under
-    autocast too; y has the dtype of base(x). W' = W0 at the start: A is Kaiming-uniform(√5) as in
-    loralib, B zero. Base weights loaded later leave DoRA's magnitude stale.
-    Raises TypeError for a base, ValueError for r (a whole number ≥ 1), lora_alpha (finite, not 0)
-    or an x of another width or device. Source: LoRA (arXiv 2106.09685).
+    autocast too; y has the dtype of base(x). At the start B = 0 and A is Kaiming-uniform(√5).
+    Raises TypeError for a base; ValueError for r (whole, ≥ 1), lora_alpha (finite, not 0) or x.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -60,13 +58,11 @@ class Adapter(torch.nn.Module):
 
     @staticmethod
     def check_base(base, name="base"):
-        weight = getattr(base, "_parameters", {}).get("weight")
-        plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter
-        inside = getattr(base, "__dict__", {}).items()
+        weight, inside = getattr(base, "weight", None), getattr(base, "__dict__", {}).items()
         own = [k for k, v in inside if k == "forward" or k.endswith("_hooks") and v]
-        if (not plain or own or weight.shape != (base.out_features, base.in_features)
-                or weight.numel() == 0 or weight.is_meta
-                or not weight.is_floating_point() or weight.element_size() == 1):
+        if (type(base) is not torch.nn.Linear or own or type(weight) is not torch.nn.Parameter
+                or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0
+                or not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta):
             got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")] + own
             raise TypeError(
                 f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
@@ -78,12 +74,13 @@ class Adapter(torch.nn.Module):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
 
-    def check_place(self, *inputs):
+    def check_input(self, x):
         # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
-        devices, W0 = {t.device for t in (*inputs, *self.parameters())}, self.base.weight
-        if len(devices) > 1 or W0.shape != (self.out_features, self.in_features):
-            raise ValueError("the layer and x must be on one device and not sharded, "
-                             f"got {devices} and a base weight {tuple(W0.shape)}")
+        W0, devices = self.base.weight, {t.device for t in (x, *self.parameters())}
+        shape = (self.out_features, self.in_features)
+        if W0.shape != shape or x.shape[-1:] != shape[1:] or len(devices) > 1:
+            raise ValueError(f"x must be (…, {shape[1]}) and W0 {shape} whole, all on one device; "
+                             f"got x {tuple(x.shape)}, W0 {tuple(W0.shape)}, {devices}")
 
     @property
     def W0(self):
@@ -95,13 +92,11 @@ class Adapter(torch.nn.Module):
         """W' in the base's dtype, computed at each read: writing into it does nothing."""
         return self.adapted_weight().to(self.base.weight.dtype)
 
-    @property
-    def bias(self):
-        return self.base.bias
+    bias = property(lambda self: self.base.bias)
 
     def adapted_weight(self):
         """dense(), W' (m, n), differentiable, in float32 or wider."""
-        self.check_place()
+        self.check_input(self.A)  # the devices: A has the shape of an x
         with torch.autocast(self.A.device.type, enabled=False):
             return self.dense()
 
@@ -110,13 +105,10 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x):
         """x (…, n) -> y = x W'ᵀ + b (…, m)."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must have {self.in_features} features last, got {tuple(x.shape)}")
-        self.check_place(x)
+        self.check_input(x)
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            # Not self.weight: nn.Module hides an AttributeError that a property raises.
             W = self.adapted_weight().to(self.base.weight.dtype)
             return torch.nn.functional.linear(x, W, self.bias)
         d, up, down = thin
@@ -128,10 +120,7 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A new nn.Linear with weight W', frozen. The layer stays as it is: there is no unmerge.
-
-        Raises ValueError if W' is not finite.
-        """
+        """A new nn.Linear with weight W', frozen; the layer stays. ValueError for W' not finite."""
         weight = torch.nn.Parameter(self.weight, requires_grad=False)
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
@@ -143,7 +132,7 @@ class Adapter(torch.nn.Module):
 
 
 class LoRALinear(Adapter):
-    """LoRA: W' = W0 + sBA. Source: LoRA (arXiv 2106.09685)."""
+    """LoRA: W' = W0 + sBA. Source: LoRA (arXiv 2106.09685); the start of A from loralib."""
 
     def dense(self):
         return self.W0 + self.scaling * self.B @ self.A
@@ -158,7 +147,8 @@ class DoRALinear(Adapter):
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
     transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
     With G the gradient of W' and ŵ = w / ‖w‖, a row w of W then gets cG, not c(G − ⟨G, ŵ⟩ŵ).
-    A row w = 0 stays 0. Source: DoRA (arXiv 2402.09353).
+    A row w = 0 stays 0. Base weights loaded later leave magnitude stale.
+    Source: DoRA (arXiv 2402.09353).
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -222,11 +212,9 @@ def rotation_factors(C, D, rotation="exp"):
         exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 70
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
-
     C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
     s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): large angles grow linearly with these norms.
-    Raises ValueError for another rotation.
-    Source: P and s_P from the authors' code; the thin exact R is own derivation.
+    Raises ValueError for another name. Source: authors' code for P and s_P; own for the thin R.
     """
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
@@ -235,8 +223,8 @@ def rotation_factors(C, D, rotation="exp"):
     # takes off what lies along C and would cancel: P = 0 exactly where D = C.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
-    # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU, and every power series I + k₁P + k₂P² + … is
-    # I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
+    # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU: every power series I + k₁P + k₂P² + … is
+    # R = I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
@@ -261,9 +249,8 @@ def rotation_factors(C, D, rotation="exp"):
 class SORALinear(Adapter):
     """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of up to 2 r_p dimensions.
 
-    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move. diag
-    (m,) as in Pre-Diag. Raises ValueError for r_p (a whole number ≥ 1), or a rotation that
-    rotation_factors lacks. Source: the paper's framework figure; the start from the authors' code.
+    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move. Raises
+    ValueError for r_p or rotation. Source: the paper's figure; the start from the authors' code.
     """
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
@@ -280,8 +267,7 @@ class SORALinear(Adapter):
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        R = torch.eye(len(L), device=L.device) + L @ V.T
-        return R.to(torch.promote_types(self.C.dtype, torch.float32))
+        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.W0.dtype)
 
     def dense(self):
         M = self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
@@ -289,8 +275,7 @@ class SORALinear(Adapter):
 
     def thin(self):
         # With M = diag(d) W0 + sBA, R M = M + L(VᵀM) is a Pre-Diag of rank r + 2 r_p.
-        L, V = rotation_factors(self.C, self.D, self.rotation)
-        L, V = L.to(self.C.dtype), V.to(self.C.dtype)
+        L, V = (t.to(self.C.dtype) for t in rotation_factors(self.C, self.D, self.rotation))
         W0, sB = self.base.weight, self.scaling * self.B
         VM = (self.diag[:, None] * V).T.to(W0.dtype) @ W0 + (V.T @ sB) @ self.A  # (2 r_p, n)
         return self.diag, torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
