@@ -14,14 +14,14 @@ matrix, which acts on W0 before the update is added, or on the sum after it:
     A (r, n), B (m, r)   low-rank factors; s = lora_alpha / r
     diag (m,)            holds d
     magnitude (m,)       c = magnitude / ‖W0 + sBA‖, one norm a row
-    C, D (m, r_p)        factors of a skew-symmetric P, whose rotation R (m, m) is I + LVᵀ
+    C, D (m, r_p)        thin factors of a skew P (m, m); R = e^P = I + LVᵀ (m, m) is a rotation
 
-Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), and all but DoRA as first
-written are computed so: y = d ∘ (W0 x) + up (down x) + b.
+Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), where d is 1 for LoRA and c
+for DoRA. All but DoRA as first written are computed so: y = d ∘ (W0 x) + up (down x) + b.
 
     model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
     ...                                # train: only the adapters have requires_grad
-    state = adapter_state_dict(model)  # all that training changed
+    state = adapter_state_dict(model)  # all that was trained
     model = merge_adapters(model)      # plain nn.Linears again
 """
 import copy
@@ -37,8 +37,8 @@ class Adapter(torch.nn.Module):
     dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
     thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters and dense() have the base's dtype, or float32 if that is half precision, under
-    autocast too; y has the dtype of base(x). At the start B = 0 and A is Kaiming-uniform(√5).
+    Parameters start in the base's dtype, or float32 if that is half precision, and so is dense(),
+    under autocast too; y has the dtype of base(x). At the start B = 0 and A is Kaiming-uniform(√5).
     Raises TypeError for a base; ValueError for r (whole, ≥ 1), lora_alpha (finite, not 0) or x.
     """
 
@@ -48,13 +48,13 @@ class Adapter(torch.nn.Module):
         self.check_rank("r", r)
         self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha / int(r))
         if not 1e-30 < abs(self.scaling) < 1e30:
-            raise ValueError(f"lora_alpha must be finite and not 0, got {lora_alpha!r}")
+            raise ValueError(f"lora_alpha / r must be finite and not 0, got {lora_alpha!r} / {r}")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
         self.A = torch.nn.Parameter(self.W0.new_empty(self.r, self.in_features))
-        self.B = torch.nn.Parameter(self.W0.new_zeros(self.out_features, self.r))
+        self.B = torch.nn.Parameter(self.A.new_zeros(self.out_features, self.r))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        base.requires_grad_(False)  # last: a layer that fails leaves its base as it was
+        base.requires_grad_(False)  # last: a refused argument leaves the base as it was
 
     @staticmethod
     def check_base(base, name="base"):
@@ -63,11 +63,11 @@ class Adapter(torch.nn.Module):
         if (type(base) is not torch.nn.Linear or own or type(weight) is not torch.nn.Parameter
                 or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0
                 or not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta):
-            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")] + own
+            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
             raise TypeError(
                 f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
-                "a weight of 16 to 64 bit floats that is not empty, computed, quantised, sharded "
-                f"or on meta; got {type(base).__name__}, weight {type(weight).__name__} {got}")
+                "a weight of 16 to 64 bit floats, not empty, computed, quantised, sharded or meta; "
+                f"got {type(base).__name__} {own}, weight {type(weight).__name__} {got}")
 
     @staticmethod
     def check_rank(name, value):
@@ -96,7 +96,7 @@ class Adapter(torch.nn.Module):
 
     def adapted_weight(self):
         """dense(), W' (m, n), differentiable, in float32 or wider."""
-        self.check_input(self.A)  # the devices: A has the shape of an x
+        self.check_input(self.A)  # for W0 and the devices: A passes for an x
         with torch.autocast(self.A.device.type, enabled=False):
             return self.dense()
 
@@ -109,18 +109,18 @@ class Adapter(torch.nn.Module):
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            W = self.adapted_weight().to(self.base.weight.dtype)
-            return torch.nn.functional.linear(x, W, self.bias)
+            weight = self.adapted_weight().to(self.base.weight.dtype)
+            return torch.nn.functional.linear(x, weight, self.bias)
         d, up, down = thin
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
         update = torch.nn.functional.linear(h, up.to(h.dtype), self.bias)  # (…, m)
-        y = y0 if d is None else d * y0  # d in float32: bfloat16 would round 1.003 to 1
+        y = y0 if d is None else d * y0  # d is not cast down: bfloat16 would round 1.003 to 1
         return (y + update).to(y0.dtype)
 
     @torch.no_grad()
     def merge(self):
-        """A new nn.Linear with weight W', frozen; the layer stays. ValueError for W' not finite."""
+        """A new nn.Linear, its weight W' frozen; the layer stays. ValueError for W' not finite."""
         weight = torch.nn.Parameter(self.weight, requires_grad=False)
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
@@ -146,8 +146,8 @@ class DoRALinear(Adapter):
 
     magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
     transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
-    With G the gradient of W' and ŵ = w / ‖w‖, a row w of W then gets cG, not c(G − ⟨G, ŵ⟩ŵ).
-    A row w = 0 stays 0. Base weights loaded later leave magnitude stale.
+    Where g is the gradient of a row of W', the row w of W then gets cg, not c(g − ⟨g, ŵ⟩ŵ), with
+    ŵ = w / ‖w‖. A row w = 0 stays 0. Base weights loaded later leave magnitude stale.
     Source: DoRA (arXiv 2402.09353).
     """
 
@@ -166,20 +166,21 @@ class DoRALinear(Adapter):
 
 
 class DoRAMatrixLinear(DoRALinear):
-    """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A, c = magnitude / ‖W0 + sBA‖row.
+    """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A.
 
-    DoRALinear's parameters, values and gradients, without a second (m, n) matrix. Where a row's
-    ‖W0 + sBA‖² is below ε‖W0‖², ε of the base's dtype, it has no right digit: thin() takes ε‖W0‖².
-    Source: the paper's abstract; the norm is own derivation, also in arXiv 2603.22276.
+    DoRALinear's parameters, values and gradients, without a second (m, n) matrix: thin() sums the
+    square of each row's norm from terms that may cancel. Below ε times the square of the row of
+    W0, with ε of the base's dtype, no digit of the sum is right: it is held there.
+    Source: the paper's abstract has the idea; the norm is own derivation, also in arXiv 2603.22276.
     """
 
     def thin(self):
         A, B = self.A, self.B
         if self.detach_norm:
-            A, B = A.detach(), B.detach()  # already here, so that no graph of the norm is kept
+            A, B = A.detach(), B.detach()  # in row_scale, a graph of the norm would be kept
         W0, sB = self.base.weight, self.scaling * B
         wide = torch.promote_types(A.dtype, torch.float32)
-        # ‖w + sbA‖² = ‖w‖² + 2 sb·(Aw) + sb (AAᵀ) sbᵀ for a row w of W0 and b of B: each term (m,)
+        # ‖w0 + sbA‖² = ‖w0‖² + 2 sb·(Aw0) + sb (AAᵀ) sbᵀ for a row w0 of W0 and its row b of B
         w2 = torch.linalg.vector_norm(W0, dim=1, dtype=wide).square()
         cross = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
         u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
@@ -191,7 +192,7 @@ class DoRAMatrixLinear(DoRALinear):
 class PreDiagLinear(Adapter):
     """Pre-Diag: W' = diag(d) W0 + sBA.
 
-    d, the parameter diag (m,), starts at 1. Where it has no zero, diag(d)(W0 + sBA) reaches the
+    d, the parameter diag (m,), starts at 1. With no zero in d, diag(d)(W0 + sBA) reaches the
     same weights, and trains differently. Source: the paper's abstract and framework figure.
     """
 
@@ -207,20 +208,20 @@ class PreDiagLinear(Adapter):
 
 
 def rotation_factors(C, D, rotation="exp"):
-    """Thin L and V (m, 2 r_p) of R = I + LVᵀ, the rotation by P = s_P (DCᵀ − CDᵀ).
+    """Thin L and V (m, 2 r_p) of R = I + LVᵀ, for the skew P = s_P (DCᵀ − CDᵀ).
 
         exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 70
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
     C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
-    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): large angles grow linearly with these norms.
+    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): from a sum of 1 on, angles grow linearly with it.
     Raises ValueError for another name. Source: authors' code for P and s_P; own for the thin R.
     """
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
     # E = D − τC, column by column, has the same P for every τ, so τ needs no gradient. This one
-    # takes off what lies along C and would cancel: P = 0 exactly where D = C.
+    # takes off what lies along C and would cancel in P: P is exactly 0 where D = C.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
     # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU: every power series I + k₁P + k₂P² + … is
@@ -230,15 +231,15 @@ def rotation_factors(C, D, rotation="exp"):
     I = torch.eye(len(Z), dtype=dtype, device=Z.device)
     if rotation == "exp":
         # The [4/4] Padé approximant at P/2⁹, squared nine times: (I + UKVᵀ)² = I + U(2K + KZK)Vᵀ.
-        # A diagonal Padé approximant of a skew matrix is orthogonal, even where it is not e^P.
+        # A diagonal Padé approximant of e^P is orthogonal for a skew P, even where it is not e^P.
         z = Z / 2**9
         z2 = z @ z
         denominator = I - z / 2 + z2 * (3 / 28) - z2 @ z / 84 + z2 @ z2 / 1680
-        K = torch.linalg.inv_ex(denominator).inverse @ (I + z2 / 42) / 2**9
+        K = torch.linalg.inv_ex(denominator).inverse @ (I + z2 / 42) / 2**9  # inv_ex: no GPU wait
         for _ in range(9):
             K = 2 * K + K @ Z @ K
     elif rotation == "cayley":  # the [1/1] one, not squared
-        K = torch.linalg.inv_ex(I - Z / 2).inverse  # inv_ex: no wait for the GPU
+        K = torch.linalg.inv_ex(I - Z / 2).inverse
     elif rotation == "first_order":
         K = I
     else:
@@ -249,7 +250,7 @@ def rotation_factors(C, D, rotation="exp"):
 class SORALinear(Adapter):
     """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of up to 2 r_p dimensions.
 
-    C (m, r_p) starts uniform on ±1/√m and D = C, so that P = 0; C = D = 0 would never move. Raises
+    C (m, r_p) starts uniform in ±1/√m and D = C, so that P = 0; C = D = 0 would never move. Raises
     ValueError for r_p or rotation. Source: the paper's figure; the start from the authors' code.
     """
 
@@ -286,7 +287,7 @@ METHODS = {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLine
 
 
 def adapters(model):
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, Adapter)]
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Adapter)]
 
 
 def replace_module(model, old, new):
@@ -302,10 +303,10 @@ def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
     method: a key of METHODS, whose class gets kwargs (r, lora_alpha, …). target_modules: one name
-    or several, each for the modules whose dotted name is it or ends in "." + it, as in Hugging Face
-    PEFT. A linear at several places is wrapped once, and shared. A model without adapters is
-    frozen first; in one that has some, only what is wrapped. Raises ValueError for a method or a
-    name, TypeError for a base that Adapter refuses; the model is then unchanged.
+    or several; each selects the modules whose dotted name equals it or ends in "." + it, as in
+    Hugging Face PEFT. A linear at several places is wrapped once, and shared. The first adapt
+    freezes the model, a later one only what it wraps. Raises ValueError for a method, a name or an
+    argument, TypeError for a module that Adapter refuses; the model is then unchanged.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -318,18 +319,18 @@ def adapt(model, method, target_modules, **kwargs):
             bases[module] = name
             unmatched -= hits
     if unmatched or not targets:
-        linears = {name.rpartition(".")[2] for name, m in model.named_modules()
-                   if type(m) is torch.nn.Linear and m not in adapted}
+        linears = {name.rpartition(".")[2] for name, module in model.named_modules()
+                   if type(module) is torch.nn.Linear and module not in adapted}
         raise ValueError(f"target_modules {sorted(unmatched)[:3]} match no module; "
-                         f"the nn.Linears are named {sorted(linears)[:9]}")
+                         f"nn.Linears are named {sorted(linears)[:9]} …")
     for module, name in bases.items():
         if module in adapted:
             raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
-        Adapter.check_base(module, name)  # all of them, before the first is frozen
+        Adapter.check_base(module, name)  # here for the name in its message
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         layers = {base: METHODS[method](base, **kwargs) for base in bases}
-    except Exception:
+    except Exception:  # the second may be refused when the first has frozen its base
         for p in trained:
             p.requires_grad_(True)
         raise
@@ -343,8 +344,8 @@ def adapt(model, method, target_modules, **kwargs):
 def merge_adapters(model):
     """Replace every adapter by its merge(), in place; returns model.
 
-    Raises ValueError, with its name, for a layer whose W' is not finite; the model is then
-    unchanged, since all are merged on trial first. One W' at a time is held beside its base.
+    Raises ValueError naming a layer whose W' is not finite; the model is then unchanged, since
+    all are merged on trial first. One W' at a time is held beside its base.
     """
     for name, layer in adapters(model):
         try:
@@ -359,23 +360,26 @@ def merge_adapters(model):
 
 
 def trained_parameters(model):
-    """{name: parameter} of every adapter tensor, and of every other with requires_grad."""
+    """{name: parameter} of what adapter_state_dict copies."""
     own, flat = set(), set()
     for module in model.modules():
         if isinstance(module, Adapter):
             own |= set(module.parameters()) - set(module.base.parameters())
-        if isinstance(module, (Adapter, torch.nn.Linear)):
-            matrix = module.A if isinstance(module, Adapter) else module.weight
-            if matrix.dim() != 2:  # FSDP1 leaves flat pieces
-                flat |= set(module.parameters())
+            matrix = module.A
+        elif isinstance(module, torch.nn.Linear):
+            matrix = module.weight
+        else:
+            continue
+        if matrix.dim() != 2:  # FSDP1 leaves flat pieces
+            flat |= set(module.parameters())
     if not own:
         raise ValueError("the model has no adapters: take its state before it is merged")
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
         if p in flat or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
             raise ValueError(
-                f"{name} is sharded or on meta: {type(p).__name__} {tuple(p.shape)}, {p.device}. "
-                "Gather first (FSDP.summon_full_params, or get_model_state_dict with "
+                f"{name} is sharded, empty or on meta: {type(p).__name__} {tuple(p.shape)}, "
+                f"{p.device}. Gather first (FSDP.summon_full_params, or get_model_state_dict with "
                 "full_state_dict=True and ignore_frozen_params=True); load before sharding")
     return trained
 
@@ -384,14 +388,14 @@ def adapter_state_dict(model):
     """{name: copy} of every adapter tensor and every other parameter with requires_grad (a head).
 
     All that training changes but buffers. Keep the arguments of adapt beside it: they are not in
-    it. Raises ValueError without adapters, or, by name, for a parameter sharded or on meta.
+    it. Raises ValueError without adapters, or for a parameter that is sharded or on meta.
     """
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy an adapter_state_dict into model, adapted and unfrozen alike.
+    """Copy an adapter_state_dict into a model adapted and unfrozen as it was.
 
     Raises ValueError with the numbers and the first names of what is missing and unexpected, or
     for a tensor of another shape, not of plain floats or not finite; nothing is then copied.
@@ -414,8 +418,9 @@ def load_adapter_state_dict(model, state):
         if plain and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
         if name not in ready or not ready[name].isfinite().all():
-            raise ValueError(f"{name} must be finite floats of shape {tuple(p.shape)}, got "
-                             f"{type(tensor).__name__} {tuple(getattr(tensor, 'shape', ()))}")
+            got = [getattr(tensor, what, None) for what in ("shape", "dtype")]
+            raise ValueError(f"{name} must be finite floats of shape {tuple(p.shape)}, "
+                             f"got {type(tensor).__name__} {got}")
     for name, tensor in ready.items():
         own[name].copy_(tensor)
 
@@ -429,8 +434,8 @@ def relative_singular_values(delta):
 def singular_value_entropy(delta):
     """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of W' − W0.
 
-    At most log r for LoRA. The p are Roy and Vetterli's (2007), whose effective rank is its
-    exponential; the paper's were not at hand. Take W' − W0 in float64: rounding adds rank.
+    At most log r for LoRA. The p are Roy and Vetterli's (2007), whose effective rank is exp of the
+    entropy; the paper's were not at hand. Take W' − W0 in float64: rounding adds rank.
     """
     S = relative_singular_values(delta)
     return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)
