@@ -37,9 +37,8 @@ class Adapter(torch.nn.Module):
     dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
     thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
 
-    Parameters start in the base's dtype, or float32 if that is half precision, and so is dense(),
-    under autocast too; y has the dtype of base(x). At the start B = 0 and A is Kaiming-uniform(√5).
-    Raises TypeError for a base; ValueError for r (whole, ≥ 1), lora_alpha (finite, not 0) or x.
+    Parameters and dense() have the base's dtype, or float32 for a half one, under autocast too; y
+    has that of base(x). Raises TypeError for a base, ValueError for r < 1, lora_alpha = 0 or x.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -56,26 +55,29 @@ class Adapter(torch.nn.Module):
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         base.requires_grad_(False)  # last: a refused argument leaves the base as it was
 
+    def __init_subclass__(cls):
+        if "dense" in vars(cls) and "thin" not in vars(cls):
+            cls.thin = Adapter.thin  # an inherited one would be of another equation
+
     @staticmethod
     def check_base(base, name="base"):
         weight, inside = getattr(base, "weight", None), getattr(base, "__dict__", {}).items()
         own = [k for k, v in inside if k == "forward" or k.endswith("_hooks") and v]
-        if (type(base) is not torch.nn.Linear or own or type(weight) is not torch.nn.Parameter
-                or weight.shape != (base.out_features, base.in_features) or weight.numel() == 0
-                or not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta):
-            got = [getattr(weight, what, None) for what in ("shape", "dtype", "device")]
+        plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter and not own
+        got = [weight.shape, weight.dtype, weight.device] if plain else own
+        if (not plain or 0 in weight.shape or weight.shape != (base.out_features, base.in_features)
+                or weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1):
             raise TypeError(
                 f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
                 "a weight of 16 to 64 bit floats, not empty, computed, quantised, sharded or meta; "
-                f"got {type(base).__name__} {own}, weight {type(weight).__name__} {got}")
+                f"got {type(base).__name__}, weight {type(weight).__name__}, {got}")
 
     @staticmethod
     def check_rank(name, value):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
 
-    def check_input(self, x):
-        # torch on the CPU multiplies by a meta weight without an error, and returns garbage.
+    def check_input(self, x):  # torch on the CPU multiplies by a meta weight, and returns garbage
         W0, devices = self.base.weight, {t.device for t in (x, *self.parameters())}
         shape = (self.out_features, self.in_features)
         if W0.shape != shape or x.shape[-1:] != shape[1:] or len(devices) > 1:
@@ -83,8 +85,7 @@ class Adapter(torch.nn.Module):
                              f"got x {tuple(x.shape)}, W0 {tuple(W0.shape)}, {devices}")
 
     @property
-    def W0(self):
-        """The frozen weight (m, n), in float32 or wider."""
+    def W0(self):  # the frozen weight (m, n) in float32 or wider, to be read only
         return self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
 
     @property
@@ -120,10 +121,12 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A new nn.Linear, its weight W' frozen; the layer stays. ValueError for W' not finite."""
-        weight = torch.nn.Parameter(self.weight, requires_grad=False)
+        """A new nn.Linear, W' frozen. ValueError if not finite, TypeError for a changed base."""
+        weight = self.adapted_weight().to(self.base.weight.dtype)
+        self.check_base(self.base)  # again: a weight that hooks compute would not keep W'
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
+        weight = torch.nn.Parameter(weight, requires_grad=False)
         return copy.deepcopy(self.base, {id(self.base.weight): weight})  # W' in place of W0
 
     def extra_repr(self):
@@ -228,7 +231,7 @@ def rotation_factors(C, D, rotation="exp"):
     # R = I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
-    I = torch.eye(len(Z), dtype=dtype, device=Z.device)
+    K = I = torch.eye(len(Z), dtype=dtype, device=Z.device)  # first order
     if rotation == "exp":
         # The [4/4] Padé approximant at P/2⁹, squared nine times: (I + UKVᵀ)² = I + U(2K + KZK)Vᵀ.
         # A diagonal Padé approximant of e^P is orthogonal for a skew P, even where it is not e^P.
@@ -240,9 +243,7 @@ def rotation_factors(C, D, rotation="exp"):
             K = 2 * K + K @ Z @ K
     elif rotation == "cayley":  # the [1/1] one, not squared
         K = torch.linalg.inv_ex(I - Z / 2).inverse
-    elif rotation == "first_order":
-        K = I
-    else:
+    elif rotation != "first_order":
         raise ValueError(f"unknown rotation {rotation!r}")
     return U @ K, V
 
@@ -330,28 +331,30 @@ def adapt(model, method, target_modules, **kwargs):
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         layers = {base: METHODS[method](base, **kwargs) for base in bases}
-    except Exception:  # the second may be refused when the first has frozen its base
+    except BaseException:  # the second may fail when the first has frozen its base
         for p in trained:
-            p.requires_grad_(True)
+            p.requires_grad = True
         raise
     if not adapted:
-        model.requires_grad_(False)
+        for p in trained:
+            p.requires_grad = False
     for base, layer in layers.items():
-        model = replace_module(model, base, layer.train(base.training))
+        layer.train(base.training)
+        model = replace_module(model, base, layer)
     return model
 
 
 def merge_adapters(model):
     """Replace every adapter by its merge(), in place; returns model.
 
-    Raises ValueError naming a layer whose W' is not finite; the model is then unchanged, since
-    all are merged on trial first. One W' at a time is held beside its base.
+    Raises what merge() raises, with the layer's name; the model is then unchanged, since all are
+    merged on trial first. One W' at a time is held beside its base.
     """
     for name, layer in adapters(model):
         try:
             layer.merge()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     layers = adapters(model)
     while layers:
         _, layer = layers.pop()
@@ -365,13 +368,11 @@ def trained_parameters(model):
     for module in model.modules():
         if isinstance(module, Adapter):
             own |= set(module.parameters()) - set(module.base.parameters())
-            matrix = module.A
-        elif isinstance(module, torch.nn.Linear):
-            matrix = module.weight
-        else:
-            continue
-        if matrix.dim() != 2:  # FSDP1 leaves flat pieces
-            flat |= set(module.parameters())
+        if isinstance(module, (Adapter, torch.nn.Linear)):
+            mine = dict(module.named_parameters())
+            matrix = mine.get("A", mine.get("weight"))
+            if matrix is not None and matrix.dim() == 1:  # FSDP1 leaves flat pieces
+                flat |= set(mine.values())
     if not own:
         raise ValueError("the model has no adapters: take its state before it is merged")
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
@@ -414,7 +415,8 @@ def load_adapter_state_dict(model, state):
         raise ValueError(message)
     for name, p in own.items():
         tensor = state[name]
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        plain = (type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+                 and tensor.is_floating_point() and tensor.layout is torch.strided)
         if plain and tensor.shape == p.shape:
             ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
         if name not in ready or not ready[name].isfinite().all():

@@ -490,8 +490,33 @@ def test_a_mistake_in_dense_is_reported_as_what_it_is():
     class Typo(Adapter):
         def dense(self):
             return self.W0 + self.BB @ self.A
-    with pytest.raises(AttributeError, match="'BB'"):
-        Typo(nn.Linear(3, 2))(torch.zeros(1, 3))
+    layer = Typo(nn.Linear(3, 2))
+    for use in (lambda: layer(torch.zeros(1, 3)), layer.merge):
+        with pytest.raises(AttributeError, match="'BB'"):
+            use()
+
+
+@pytest.mark.parametrize("parent", [LoRALinear, DoRAMatrixLinear, PreDiagLinear, SORALinear])
+def test_a_child_that_has_its_own_dense_does_not_inherit_the_thin_form_of_another(parent):
+    class Doubled(parent):
+        def dense(self):
+            return 2 * super().dense()
+
+    class Renamed(parent):
+        pass
+
+    layer, x = Doubled(nn.Linear(3, 2, bias=False)), torch.rand(4, 3)
+    assert torch.allclose(layer(x), 2 * layer.base(x), atol=1e-6) and layer.thin() is None
+    assert Renamed(nn.Linear(3, 2)).thin() is not None
+
+
+def test_a_train_method_that_returns_nothing_loses_no_layer(monkeypatch):
+    class Quiet(LoRALinear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    monkeypatch.setitem(METHODS, "quiet", Quiet)
+    assert type(adapt(nn.Linear(3, 2), "quiet", "")) is Quiet
 
 
 # ------------------------------------------------------------------ LoRA
@@ -1144,6 +1169,7 @@ BAD_BASES = {
     "NoneType": lambda: None,
     "Conv1d": lambda: nn.Conv1d(3, 2, 1),
     "Subclassed": lambda: Subclassed(3, 2),
+    "LazyLinear": lambda: nn.LazyLinear(2),
     "DoRALinear": lambda: DoRALinear(nn.Linear(3, 2)),
     "Parameter": lambda: nn.Linear(3, 2).weight,
     "ParametrizedLinear": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
@@ -1247,16 +1273,22 @@ class SecondFails(LoRALinear):
     def __init__(self, base, **kwargs):
         super().__init__(base, **kwargs)
         if base.bias is None:
-            raise RuntimeError("no room for the second")
+            raise KeyboardInterrupt
 
 
 def test_a_method_that_fails_at_its_second_layer_leaves_the_model_trainable(monkeypatch):
     monkeypatch.setitem(METHODS, "fails", SecondFails)
     net = model()
     before = picture(net)
-    with pytest.raises(RuntimeError, match="no room"):
+    with pytest.raises(KeyboardInterrupt):
         adapt(net, "fails", ["0", "q_proj", "out"])
     assert picture(net) == before
+
+
+def test_a_lazy_layer_beside_the_adapted_ones_is_frozen_too():
+    net = adapt(nn.Sequential(nn.Linear(3, 2), nn.LazyLinear(4)), "lora", "0")
+    net(torch.rand(1, 3)).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.A", "0.B"]
 
 
 def test_messages_have_a_bounded_length():
@@ -1302,7 +1334,8 @@ def refused_state(change):
 @pytest.mark.parametrize("wrong", [
     torch.zeros(2, 6), torch.zeros(9, 6), torch.zeros(8, 6).long(), torch.zeros(8, 6) * 1j, [1.0],
     torch.full((8, 6), math.nan), torch.full((8, 6), 1e300, dtype=f64), None, np.zeros((8, 6)),
-    torch.zeros(8, 6).as_subclass(Piece)])
+    torch.zeros(8, 6).as_subclass(Piece), torch.zeros(8, 6, device="meta"),
+    torch.zeros(8, 6).to_sparse()])
 def test_a_state_with_a_tensor_that_does_not_fit_is_refused_by_name_and_shape(wrong):
     message = refused_state(lambda state: state.update({"1.q_proj.A": wrong}))
     assert "1.q_proj.A must be finite floats of shape (8, 6), got " in message
@@ -1364,6 +1397,33 @@ def test_a_sharded_base_is_not_merged(kind):
     flat(layer.base.weight)
     with pytest.raises(ValueError, match=r"W0 \(5, 7\) whole.*got .*W0 \(35,\)"):
         layer.merge()
+
+
+CHANGES = {
+    "weight Tensor": lambda base: prune.identity(base, "weight"),
+    "ParametrizedLinear": nn.utils.parametrizations.weight_norm,
+    "_forward_hooks": lambda base: base.register_forward_hook(lambda *args: None),
+    "int8": lambda base: setattr(base.weight, "data", base.weight.data.to(torch.int8)),
+}
+
+
+@pytest.mark.parametrize("got", CHANGES)
+def test_a_base_that_changed_after_adapt_is_not_merged(got):
+    """A weight that a hook computes would forget W'. Nothing is replaced."""
+    net = disturb(model("lora"))
+    CHANGES[got](net[1].q_proj.base)
+    before = list(net.modules())
+    with pytest.raises(TypeError, match=f"1.q_proj: base must be .*{got}"):
+        merge_adapters(net)
+    assert list(net.modules()) == before
+
+
+def test_a_linear_without_a_weight_of_its_own_does_not_hinder_the_state():
+    """One that borrows its weight elsewhere."""
+    net = model("lora", "q_proj")
+    net.append(Subclassed(3, 2, bias=False))
+    net[-1].weight = None
+    assert len(adapter_state_dict(net)) == 2
 
 
 @every_kind
