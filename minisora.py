@@ -354,7 +354,7 @@ def merge_adapters(model):
         try:
             layer.merge()
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from error
     layers = adapters(model)
     while layers:
         _, layer = layers.pop()
