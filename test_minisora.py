@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, note, settings, strategies as st
+from hypothesis import assume, given, note, settings, strategies as st
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -574,11 +574,13 @@ def test_dora_original_and_matrix_form_agree_along_a_training_run(full, data):
     """The same values after k optimizer steps, detached or not: the two are one method."""
     options = {"dtypes": (f64,), "scaled": False, "trained": False}
     one = data.draw(layers("dora" + full, **options))
+    assume((one.W0.norm(dim=1) > 0.1).all())
+    rate = 0.005 / max(1, one.scaling) ** 2  # so small that no row of W comes near zero
     two = DoRAMatrixLinear(copy.deepcopy(one.base), one.r, one.lora_alpha, one.detach_norm)
     two.load_state_dict(one.state_dict())
-    assert np.allclose(train(one, 8, 0.02), train(two, 8, 0.02), rtol=1e-11, atol=1e-13)
+    assert np.allclose(train(one, 8, rate), train(two, 8, rate), rtol=1e-13, atol=1e-15)
     for p, q in zip(one.parameters(), two.parameters()):
-        assert torch.allclose(p, q, rtol=1e-9, atol=1e-11)
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", DORAS)
