@@ -338,7 +338,11 @@ def bench_layers(dim, device, dtype):
 def saved_bytes(layer, x):
     """Bytes that autograd keeps for the backward: each storage once, without x and parameters."""
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def pack(t):
+        kept.append(t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
