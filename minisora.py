@@ -38,7 +38,7 @@ class Adapter(torch.nn.Module):
     thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
 
     Parameters and dense() have the base's dtype, or float32 for a half one, under autocast too; y
-    has that of base(x). Raises TypeError for a base, ValueError for r < 1, lora_alpha = 0 or x.
+    has that of base(x). TypeError for a wrong base, ValueError for a wrong r, lora_alpha or x.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -50,9 +50,9 @@ class Adapter(torch.nn.Module):
             raise ValueError(f"lora_alpha / r must be finite and not 0, got {lora_alpha!r} / {r}")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
-        self.A = torch.nn.Parameter(self.W0.new_empty(self.r, self.in_features))
+        A = base.weight.new_empty(self.r, self.in_features, dtype=self.wide)
+        self.A = torch.nn.Parameter(torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         self.B = torch.nn.Parameter(self.A.new_zeros(self.out_features, self.r))
-        torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         base.requires_grad_(False)  # last: a refused argument leaves the base as it was
 
     def __init_subclass__(cls):
@@ -84,16 +84,14 @@ class Adapter(torch.nn.Module):
             raise ValueError(f"x must be (…, {shape[1]}) and W0 {shape} whole, all on one device; "
                              f"got x {tuple(x.shape)}, W0 {tuple(W0.shape)}, {devices}")
 
-    @property
-    def W0(self):  # the frozen weight (m, n) in float32 or wider, to be read only
-        return self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
+    wide = property(lambda self: torch.promote_types(self.base.weight.dtype, torch.float32))
+    W0 = property(lambda self: self.base.weight.to(self.wide))  # frozen (m, n), to be read only
+    bias = property(lambda self: self.base.bias)
 
     @property
     def weight(self):
         """W' in the base's dtype, computed at each read: writing into it does nothing."""
         return self.adapted_weight().to(self.base.weight.dtype)
-
-    bias = property(lambda self: self.base.bias)
 
     def adapted_weight(self):
         """dense(), W' (m, n), differentiable, in float32 or wider."""
@@ -110,7 +108,7 @@ class Adapter(torch.nn.Module):
         with torch.autocast(self.A.device.type, enabled=False):
             thin = self.thin()
         if thin is None:
-            weight = self.adapted_weight().to(self.base.weight.dtype)
+            weight = self.adapted_weight().to(self.base.weight.dtype)  # self.weight hides typos
             return torch.nn.functional.linear(x, weight, self.bias)
         d, up, down = thin
         y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
@@ -182,9 +180,8 @@ class DoRAMatrixLinear(DoRALinear):
         if self.detach_norm:
             A, B = A.detach(), B.detach()  # in row_scale, a graph of the norm would be kept
         W0, sB = self.base.weight, self.scaling * B
-        wide = torch.promote_types(A.dtype, torch.float32)
         # ‖w0 + sbA‖² = ‖w0‖² + 2 sb·(Aw0) + sb (AAᵀ) sbᵀ for a row w0 of W0 and its row b of B
-        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=wide).square()
+        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=self.wide).square()
         cross = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
         u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
         floor = torch.finfo(W0.dtype).eps * w2
@@ -216,6 +213,7 @@ def rotation_factors(C, D, rotation="exp"):
         exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 70
         cayley        R = (I − P/2)⁻¹ (I + P/2)
         first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
+
     C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
     s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): from a sum of 1 on, angles grow linearly with it.
     Raises ValueError for another name. Source: authors' code for P and s_P; own for the thin R.
@@ -269,7 +267,7 @@ class SORALinear(Adapter):
     def rotation_matrix(self):
         """R (m, m), dense and differentiable, in float32 or wider."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.W0.dtype)
+        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.wide)
 
     def dense(self):
         M = self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
@@ -350,12 +348,12 @@ def merge_adapters(model):
     Raises what merge() raises, with the layer's name; the model is then unchanged, since all are
     merged on trial first. One W' at a time is held beside its base.
     """
-    for name, layer in adapters(model):
+    layers = adapters(model)
+    for name, layer in layers:
         try:
             layer.merge()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    layers = adapters(model)
     while layers:
         _, layer = layers.pop()
         model = replace_module(model, layer, layer.merge())
