@@ -1,446 +1,378 @@
 # SPDX-License-Identifier: MIT
-"""minisora: weight conditioning for fine-tuning, small enough to read in one sitting.
+"""minisora: weight conditioning for fine-tuning, in one file.
 
 After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT*
-(arXiv 2511.00051, AAAI 2026). A frozen weight W0 gets a low-rank update sBA and a conditioning
-matrix, which acts on W0 before the update is added, or on the sum after it:
+(arXiv 2511.00051, AAAI 2026). A linear layer is y = x W0ᵀ + b. Fine-tuning freezes W0 and trains
+a few parameters that turn it into W'. At step 0 W' = W0. The bias b never changes.
 
-                before                         after
-    identity    W0 + sBA           LoRA        W0 + sBA               LoRA
-    diagonal    diag(d) W0 + sBA   Pre-Diag    diag(c) (W0 + sBA)     DoRA
-    rotation    R W0 + sBA         (open)      R (diag(d) W0 + sBA)   SORA
+    W0, W' (m, n)        m = out_features, n = in_features
+    A (r, n), B (m, r)   factors of the low-rank update sBA, scaled by s = lora_alpha / r
+    d (m,)               a trained diagonal, the parameter `diag`
+    c (m,)               magnitude / ‖W0 + sBA‖row, where ‖·‖row (m,) is the norm of each row
+    R (m, m)             the rotation e^P. P is skew (Pᵀ = −P), made from C and D (m, r_p)
 
-    W0 (m, n)            frozen weight of y = x W'ᵀ + b; b is never conditioned
-    A (r, n), B (m, r)   low-rank factors; s = lora_alpha / r
-    diag (m,)            holds d
-    magnitude (m,)       c = magnitude / ‖W0 + sBA‖, one norm a row
-    C, D (m, r_p)        thin factors of a skew P (m, m); R = e^P = I + LVᵀ (m, m) is a rotation
+A method is what stands before and after the sum: W0 → [before] → + sBA → [after] → W'
 
-Each is W' = diag(d) W0 + up down with thin up (m, k) and down (k, n), where d is 1 for LoRA and c
-for DoRA. All but DoRA as first written are computed so: y = d ∘ (W0 x) + up (down x) + b.
-
-    model = adapt(model, "sora", ["q_proj", "v_proj"], r=8, lora_alpha=16)
-    ...                                # train: only the adapters have requires_grad
-    state = adapter_state_dict(model)  # all that was trained
-    model = merge_adapters(model)      # plain nn.Linears again
+    LoRA      –          –          W0 + sBA
+    Pre-Diag  diag(d)    –          diag(d) W0 + sBA
+    DoRA      –          diag(c)    diag(c) (W0 + sBA)
+    SORA      diag(d)    R          R (diag(d) W0 + sBA)
 """
 import copy
-import math
 
 import torch
+from torch import nn
 
 
-class Adapter(torch.nn.Module):
-    """What the methods share: the frozen nn.Linear `base`, A, B, the forward and the merge.
+class Adapter(nn.Module):
+    """A frozen nn.Linear `base`, the factors A and B, and what is done with W'.
 
-    To add a method: check its arguments, call super().__init__, make its parameters and write
-    dense(), the equation W' (m, n). Put the class in METHODS: it runs, saves and merges.
-    thin() makes it fast: (d (m,) or None, up, down) with dense() = diag(d) W0 + up down.
-
-    Parameters and dense() have the base's dtype, or float32 for a half one, under autocast too; y
-    has that of base(x). TypeError for a wrong base, ValueError for a wrong r, lora_alpha or x.
+    A method is a child that defines dense(W0), the equation W' (m, n). It may define thin(W0),
+    which then runs instead: (d, up, down) with W' = diag(d) W0 + up down, d (m,) or None for 1,
+    up (m, k), down (k, n), k small. Test that the two agree: nothing here does.
+    A and B are float32, or float64 on a float64 base, unless you cast the model.
+    TypeError for the base, ValueError for r, lora_alpha or the device of x.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__()
-        self.check_base(base)
-        self.check_rank("r", r)
-        self.r, self.lora_alpha, self.scaling = int(r), lora_alpha, float(lora_alpha / int(r))
-        if not 1e-30 < abs(self.scaling) < 1e30:
-            raise ValueError(f"lora_alpha / r must be finite and not 0, got {lora_alpha!r} / {r}")
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base = base
-        A = base.weight.new_empty(self.r, self.in_features, dtype=self.wide)
-        self.A = torch.nn.Parameter(torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
-        self.B = torch.nn.Parameter(self.A.new_zeros(self.out_features, self.r))
-        base.requires_grad_(False)  # last: a refused argument leaves the base as it was
+        check_base(base)
+        refuse(r < 1, f"r must be at least 1, got {r}")
+        refuse(not 0 < abs(lora_alpha) < torch.inf, f"lora_alpha is 0 or not finite: {lora_alpha}")
+        self.out_features, self.in_features = m, n = base.weight.shape
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        A = base.weight.new_empty(r, n, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        self.A = nn.Parameter(A.uniform_(-(n**-0.5), n**-0.5))
+        self.B = nn.Parameter(A.new_zeros(m, r))
+        self.base = base.requires_grad_(False)
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls):  # a child with its own dense() must not run its parent's thin()
         if "dense" in vars(cls) and "thin" not in vars(cls):
-            cls.thin = Adapter.thin  # an inherited one would be of another equation
+            cls.thin = Adapter.thin
 
-    @staticmethod
-    def check_base(base, name="base"):
-        weight, inside = getattr(base, "weight", None), getattr(base, "__dict__", {}).items()
-        own = [k for k, v in inside if k == "forward" or k.endswith("_hooks") and v]
-        plain = type(base) is torch.nn.Linear and type(weight) is torch.nn.Parameter and not own
-        got = [weight.shape, weight.dtype, weight.device] if plain else own
-        if (not plain or 0 in weight.shape or weight.shape != (base.out_features, base.in_features)
-                or weight.is_meta or not weight.is_floating_point() or weight.element_size() == 1):
-            raise TypeError(
-                f"{name} must be exactly an nn.Linear, without hooks or a forward of its own, with "
-                "a weight of 16 to 64 bit floats, not empty, computed, quantised, sharded or meta; "
-                f"got {type(base).__name__}, weight {type(weight).__name__}, {got}")
+    sB = property(lambda self: self.scaling * self.B)  # (m, r)
 
-    @staticmethod
-    def check_rank(name, value):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
-
-    def check_input(self, x):  # torch on the CPU multiplies by a meta weight, and returns garbage
-        W0, devices = self.base.weight, {t.device for t in (x, *self.parameters())}
-        shape = (self.out_features, self.in_features)
-        if W0.shape != shape or x.shape[-1:] != shape[1:] or len(devices) > 1:
-            raise ValueError(f"x must be (…, {shape[1]}) and W0 {shape} whole, all on one device; "
-                             f"got x {tuple(x.shape)}, W0 {tuple(W0.shape)}, {devices}")
-
-    wide = property(lambda self: torch.promote_types(self.base.weight.dtype, torch.float32))
-    W0 = property(lambda self: self.base.weight.to(self.wide))  # frozen (m, n), to be read only
-    bias = property(lambda self: self.base.bias)
-
-    @property
-    def weight(self):
-        """W' in the base's dtype, computed at each read: writing into it does nothing."""
-        return self.adapted_weight().to(self.base.weight.dtype)
-
-    def adapted_weight(self):
-        """dense(), W' (m, n), differentiable, in float32 or wider."""
-        self.check_input(self.A)  # for W0 and the devices: A passes for an x
-        with torch.autocast(self.A.device.type, enabled=False):
-            return self.dense()
-
-    def thin(self):
+    def thin(self, W0):
         return None
 
+    def adapted_weight(self):
+        """W' (m, n), differentiable, in float32 or wider."""
+        with torch.autocast(self.base.weight.device.type, enabled=False):
+            W0 = self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
+            thin = self.thin(W0)
+            if thin is None:
+                return self.dense(W0)
+            d, up, down = thin
+            return (W0 if d is None else d[:, None] * W0) + up @ down
+
     def forward(self, x):
-        """x (…, n) -> y = x W'ᵀ + b (…, m)."""
-        self.check_input(x)
-        with torch.autocast(self.A.device.type, enabled=False):
-            thin = self.thin()
+        """x (…, n) -> y = x W'ᵀ + b (…, m), in the dtype of base(x)."""
+        W0, b = self.base.weight, self.base.bias
+        refuse(x.device != W0.device, f"x is on {x.device}, the base on {W0.device}")
+        with torch.autocast(W0.device.type, enabled=False):
+            thin = self.thin(W0)
         if thin is None:
-            weight = self.adapted_weight().to(self.base.weight.dtype)  # self.weight hides typos
-            return torch.nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, self.adapted_weight().to(W0.dtype), b)
         d, up, down = thin
-        y0 = torch.nn.functional.linear(x, self.base.weight)  # (…, m)
+        y0 = self.base(x)  # x W0ᵀ + b (…, m)
         h = x @ down.T.to(x.dtype)  # (…, k)
-        update = torch.nn.functional.linear(h, up.to(h.dtype), self.bias)  # (…, m)
-        y = y0 if d is None else d * y0  # d is not cast down: bfloat16 would round 1.003 to 1
-        return (y + update).to(y0.dtype)
+        if d is None:
+            return y0 + h @ up.T.to(h.dtype)
+        if b is not None:  # y0 has b in it, and d b + (1 − d) b = b
+            b = ((1 - d) * b).to(h.dtype)
+        update = nn.functional.linear(h, up.to(h.dtype), b)  # (…, m)
+        return (d * y0 + update).to(y0.dtype)  # d stays wide: bfloat16 would round 1.003 to 1
 
     @torch.no_grad()
-    def merge(self):
-        """A new nn.Linear, W' frozen. ValueError if not finite, TypeError for a changed base."""
-        weight = self.adapted_weight().to(self.base.weight.dtype)
-        self.check_base(self.base)  # again: a weight that hooks compute would not keep W'
-        if not weight.isfinite().all():
-            raise ValueError(f"{type(self).__name__}.merge: W' is not finite")
-        weight = torch.nn.Parameter(weight, requires_grad=False)
-        return copy.deepcopy(self.base, {id(self.base.weight): weight})  # W' in place of W0
+    def merge(self, name="base"):
+        """A new nn.Linear with W', frozen, rounded to base's dtype. ValueError if not finite."""
+        check_base(self.base, name)
+        merged = copy.deepcopy(self.base).requires_grad_(False)
+        merged.weight.copy_(self.adapted_weight())
+        refuse(not merged.weight.isfinite().all(), f"{name}: W' is not finite")
+        return merged
+
+    # For code that goes past forward, as nn.TransformerEncoder does in eval mode.
+    weight = property(lambda self: self.adapted_weight().to(self.base.weight.dtype))
+    bias = property(lambda self: self.base.bias)
 
     def extra_repr(self):
-        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
-        return ", ".join(f"{k}={v}" for k, v in shown.items())
+        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k[0] != "_")
 
 
 class LoRALinear(Adapter):
-    """LoRA: W' = W0 + sBA. Source: LoRA (arXiv 2106.09685); the start of A from loralib."""
+    """LoRA: W' = W0 + sBA.
 
-    def dense(self):
-        return self.W0 + self.scaling * self.B @ self.A
-
-    def thin(self):
-        return None, self.scaling * self.B, self.A
-
-
-class DoRALinear(Adapter):
-    """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
-
-    magnitude (m,) starts at ‖W0‖row. A row is dim=1 of an (m, n) weight; the DoRA paper stores the
-    transpose, and calls it a column. detach_norm: no gradient through the norm (its section 4.3).
-    Where g is the gradient of a row of W', the row w of W then gets cg, not c(g − ⟨g, ŵ⟩ŵ), with
-    ŵ = w / ‖w‖. A row w = 0 stays 0. Base weights loaded later leave magnitude stale.
-    Source: DoRA (arXiv 2402.09353).
+    A starts uniform on ±1/√n, as in loralib and PEFT, B at 0. Source: LoRA (arXiv 2106.09685).
     """
 
-    def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
-        super().__init__(base, r, lora_alpha)
-        self.detach_norm = detach_norm
-        self.magnitude = torch.nn.Parameter(self.W0.square().sum(dim=1).sqrt())
+    def dense(self, W0):
+        return W0 + self.sB @ self.A
 
-    def row_scale(self, squared_norm):
-        norm = squared_norm.masked_fill(squared_norm == 0, math.inf).sqrt()  # c = 0 at a zero row
-        return self.magnitude / (norm.detach() if self.detach_norm else norm)
-
-    def dense(self):
-        W = self.W0 + self.scaling * self.B @ self.A
-        return self.row_scale(W.square().sum(dim=1))[:, None] * W
-
-
-class DoRAMatrixLinear(DoRALinear):
-    """DoRA in matrix form: W' = diag(c) W0 + s(diag(c) B)A.
-
-    DoRALinear's parameters, values and gradients, without a second (m, n) matrix: thin() sums the
-    square of each row's norm from terms that may cancel. Below ε times the square of the row of
-    W0, with ε of the base's dtype, no digit of the sum is right: it is held there.
-    Source: the paper's abstract has the idea; the norm is own derivation, also in arXiv 2603.22276.
-    """
-
-    def thin(self):
-        A, B = self.A, self.B
-        if self.detach_norm:
-            A, B = A.detach(), B.detach()  # in row_scale, a graph of the norm would be kept
-        W0, sB = self.base.weight, self.scaling * B
-        # ‖w0 + sbA‖² = ‖w0‖² + 2 sb·(Aw0) + sb (AAᵀ) sbᵀ for a row w0 of W0 and its row b of B
-        w2 = torch.linalg.vector_norm(W0, dim=1, dtype=self.wide).square()
-        cross = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
-        u2 = (sB @ (A @ A.T) * sB).sum(dim=1)
-        floor = torch.finfo(W0.dtype).eps * w2
-        c = self.row_scale(torch.maximum(w2 + 2 * cross + u2, floor))
-        return c, c[:, None] * (self.scaling * self.B), self.A
+    def thin(self, W0):
+        return None, self.sB, self.A
 
 
 class PreDiagLinear(Adapter):
     """Pre-Diag: W' = diag(d) W0 + sBA.
 
-    d, the parameter diag (m,), starts at 1. With no zero in d, diag(d)(W0 + sBA) reaches the
-    same weights, and trains differently. Source: the paper's abstract and framework figure.
+    diag starts at 1. Source: the paper's abstract and framework figure.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
-        self.diag = torch.nn.Parameter(self.B.new_ones(self.out_features))
+        self.diag = nn.Parameter(self.B.new_ones(self.out_features))
 
-    def dense(self):
-        return self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
+    def dense(self, W0):
+        return self.diag[:, None] * W0 + self.sB @ self.A
 
-    def thin(self):
-        return self.diag, self.scaling * self.B, self.A
+    def thin(self, W0):
+        return self.diag, self.sB, self.A
+
+
+def row_norm(W):
+    """‖W‖row (m,), in float32 or wider. The DoRA paper stores Wᵀ, so it says column."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
+
+
+class DoRALinear(Adapter):
+    """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
+
+    magnitude starts at ‖W0‖row. A row of zeros in W stays zero.
+    detach_norm: the norm is a constant in the backward. From the gradient g of a row of W', the
+    row w of W then gets c g. In full it would get c (g − ⟨g, ŵ⟩ ŵ) with ŵ = w / ‖w‖.
+    W' is rounded to base's dtype before it meets x. In bfloat16 a magnitude moved by 0.1 % moves
+    nothing, unlike in the matrix form. Source: DoRA (arXiv 2402.09353), its section 4.3.
+    """
+
+    def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
+        super().__init__(base, r, lora_alpha)
+        self.detach_norm = detach_norm
+        self.magnitude = nn.Parameter(row_norm(base.weight))
+
+    def row_scale(self, norm2):
+        """c (m,) from the squared norms, 0 where they are 0."""
+        norm = norm2.masked_fill(norm2 == 0, torch.inf).sqrt()
+        return self.magnitude / (norm.detach() if self.detach_norm else norm)
+
+    def dense(self, W0):
+        W = W0 + self.sB @ self.A
+        return self.row_scale(row_norm(W).square())[:, None] * W
+
+
+class DoRAMatrixLinear(DoRALinear):
+    """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA, where W0 + sBA is never formed.
+
+    Values and gradients are DoRALinear's. The squared norm is a sum, which cancels where W0 + sBA
+    nearly vanishes. Below ε ‖W0‖²row, ε of W0's dtype, no digit is right, and it is held there.
+    Source: the paper's abstract. The norm is own derivation, also in arXiv 2603.22276.
+    """
+
+    def thin(self, W0):
+        A, sB = self.A, self.sB
+        if self.detach_norm:  # in row_scale alone, the backward would keep seven more tensors
+            A, sB = A.detach(), sB.detach()
+        # ‖w + u‖² = ‖w‖² + 2⟨w, u⟩ + ‖u‖² for each row w of W0 and u of sBA
+        w2 = row_norm(W0).square()
+        wu = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
+        u2 = (sB * (sB @ (A @ A.T))).sum(dim=1)
+        c = self.row_scale(torch.maximum(w2 + 2 * wu + u2, torch.finfo(W0.dtype).eps * w2))
+        return c, c[:, None] * self.sB, self.A
 
 
 def rotation_factors(C, D, rotation="exp"):
-    """Thin L and V (m, 2 r_p) of R = I + LVᵀ, for the skew P = s_P (DCᵀ − CDᵀ).
+    """L, V (m, 2 r_p) of R = I + LVᵀ, for C, D (m, r_p) and P = s_P (DCᵀ − CDᵀ).
 
-        exp           R = e^P, to 1e-12 in float64 for ‖P‖₂ up to 70
-        cayley        R = (I − P/2)⁻¹ (I + P/2)
-        first_order   R = I + P, not orthogonal: RᵀR = I + PᵀP
-
-    C, D: (m, r_p), any float dtype; returns float64, or float32 on mps, which has none.
-    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)): from a sum of 1 on, angles grow linearly with it.
-    Raises ValueError for another name. Source: authors' code for P and s_P; own for the thin R.
+        exp          R = e^P, a rotation, since (e^P)ᵀ = e^(Pᵀ) = e^(−P) = (e^P)⁻¹
+        cayley       R = (I − P/2)⁻¹ (I + P/2), another rotation
+        first_order  R = I + P, not one, since RᵀR = I + PᵀP
+    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) lets the angles of long factors grow only linearly.
+    L, V: float64 (mps: float32). exp is e^P to 1e-12 for ‖P‖₂ up to 10, to 1e-7 up to 100.
+    ValueError for another name. Source: authors' code for P, own derivation for R.
     """
+    refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
-    s_P = (1 / (torch.linalg.matrix_norm(C) + torch.linalg.matrix_norm(D) + 1e-6)).clamp(max=1)
-    # E = D − τC, column by column, has the same P for every τ, so τ needs no gradient. This one
-    # takes off what lies along C and would cancel in P: P is exactly 0 where D = C.
+    s_P = (1 / (torch.linalg.norm(C) + torch.linalg.norm(D) + 1e-6)).clamp(max=1)
+    # E = D − Cτ has the same P for every diagonal τ: CτCᵀ is symmetric and drops out. This one
+    # takes off what D has along C, which would cancel. At D = C it makes P exactly 0.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
-    # P = UVᵀ, so Pʲ = U Zʲ⁻¹ Vᵀ with a small Z = VᵀU: every power series I + k₁P + k₂P² + … is
-    # R = I + U K Vᵀ with K = k₁I + k₂Z + …. For e^P, K = φ(Z) with φ(z) = (eᶻ − 1) / z.
+    # P = UVᵀ, so P² = U Z Vᵀ, P³ = U Z Z Vᵀ, … with the small Z = VᵀU. So each power series in P
+    # that begins with I is I + U K Vᵀ, and only the small K differs.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     Z = V.T @ U  # (2 r_p, 2 r_p)
-    K = I = torch.eye(len(Z), dtype=dtype, device=Z.device)  # first order
+    K = I = torch.eye(len(Z), dtype=dtype, device=Z.device)  # first_order
     if rotation == "exp":
-        # The [4/4] Padé approximant at P/2⁹, squared nine times: (I + UKVᵀ)² = I + U(2K + KZK)Vᵀ.
-        # A diagonal Padé approximant of e^P is orthogonal for a skew P, even where it is not e^P.
-        z = Z / 2**9
-        z2 = z @ z
-        denominator = I - z / 2 + z2 * (3 / 28) - z2 @ z / 84 + z2 @ z2 / 1680
-        K = torch.linalg.inv_ex(denominator).inverse @ (I + z2 / 42) / 2**9  # inv_ex: no GPU wait
-        for _ in range(9):
-            K = 2 * K + K @ Z @ K
-    elif rotation == "cayley":  # the [1/1] one, not squared
+        # K = I + Z/2! + Z²/3! + … makes U K Vᵀ = P + P²/2! + P³/3! + … = e^P − I. Begin at P/2¹²:
+        # near 0 a Padé approximant, numerator / denominator, is accurate. The two differ by z,
+        # so K is 1 / denominator. For a skew P it is orthogonal at any angle.
+        z = Z / 2**12
+        denominator = I - z / 2 + z @ z / 12
+        K = torch.linalg.inv_ex(denominator).inverse / 2**12  # inv makes a GPU wait
+        for _ in range(12):  # (I + U K Vᵀ)² = I + U (2K + K Z K) Vᵀ
+            K = torch.addmm(K, K @ Z, K, beta=2)
+    elif rotation == "cayley":
         K = torch.linalg.inv_ex(I - Z / 2).inverse
-    elif rotation != "first_order":
-        raise ValueError(f"unknown rotation {rotation!r}")
     return U @ K, V
 
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), R (m, m) a rotation of up to 2 r_p dimensions.
+    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
 
-    C (m, r_p) starts uniform in ±1/√m and D = C, so that P = 0; C = D = 0 would never move. Raises
-    ValueError for r_p or rotation. Source: the paper's figure; the start from the authors' code.
+    diag starts at 1, C uniform on ±1/√m, and D at C, so that P = 0 and R = I. C = D = 0 would have
+    no gradient, since P is linear in each. ValueError for r_p or rotation.
+    Source: the paper's figure; the start from the authors' code.
     """
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
-        self.check_rank("r_p", r_p)
-        if rotation not in ("exp", "cayley", "first_order"):
-            raise ValueError(f"rotation must be exp, cayley or first_order, got {rotation!r}")
+        refuse(r_p < 1, f"r_p must be at least 1, got {r_p}")
+        refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
         super().__init__(base, r, lora_alpha)
-        self.r_p, self.rotation = int(r_p), rotation
-        bound = 1 / math.sqrt(self.out_features)
-        C = self.B.new_empty(self.out_features, self.r_p).uniform_(-bound, bound)
-        self.diag = torch.nn.Parameter(self.B.new_ones(self.out_features))
-        self.C, self.D = torch.nn.Parameter(C), torch.nn.Parameter(C.clone())
+        self.r_p, self.rotation, m = r_p, rotation, self.out_features
+        C = self.B.new_empty(m, r_p).uniform_(-(m**-0.5), m**-0.5)
+        self.diag = nn.Parameter(self.B.new_ones(m))
+        self.C, self.D = nn.Parameter(C), nn.Parameter(C.clone())
 
     def rotation_matrix(self):
-        """R (m, m), dense and differentiable, in float32 or wider."""
+        """R (m, m), in the dtype of C."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.wide)
+        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.C.dtype)
 
-    def dense(self):
-        M = self.diag[:, None] * self.W0 + self.scaling * self.B @ self.A
-        return self.rotation_matrix() @ M
+    def dense(self, W0):
+        return self.rotation_matrix() @ (self.diag[:, None] * W0 + self.sB @ self.A)
 
-    def thin(self):
-        # With M = diag(d) W0 + sBA, R M = M + L(VᵀM) is a Pre-Diag of rank r + 2 r_p.
-        L, V = (t.to(self.C.dtype) for t in rotation_factors(self.C, self.D, self.rotation))
-        W0, sB = self.base.weight, self.scaling * self.B
+    def thin(self, W0):  # with M = diag(d) W0 + sBA: R M = M + L (VᵀM), of rank r + 2 r_p
+        L, V = rotation_factors(self.C, self.D, self.rotation)
+        L, V, sB = L.to(self.C.dtype), V.to(self.C.dtype), self.sB
         VM = (self.diag[:, None] * V).T.to(W0.dtype) @ W0 + (V.T @ sB) @ self.A  # (2 r_p, n)
         return self.diag, torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
 
 
-METHODS = {"lora": LoRALinear, "dora": DoRALinear, "dora_matrix": DoRAMatrixLinear,
-           "pre_diag": PreDiagLinear, "sora": SORALinear}
+METHODS = {"lora": LoRALinear, "pre_diag": PreDiagLinear, "dora": DoRALinear,
+           "dora_matrix": DoRAMatrixLinear, "sora": SORALinear}
+ROTATIONS = "exp", "cayley", "first_order"
 
 
-def adapters(model):
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Adapter)]
-
-
-def replace_module(model, old, new):
-    """Put new at every place of old in model; returns model, or new if model is old."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
-    return new if model is old else model
-
+# ---- using it on a model
 
 def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS, whose class gets kwargs (r, lora_alpha, …). target_modules: one name
-    or several; each selects the modules whose dotted name equals it or ends in "." + it, as in
-    Hugging Face PEFT. A linear at several places is wrapped once, and shared. The first adapt
-    freezes the model, a later one only what it wraps. Raises ValueError for a method, a name or an
-    argument, TypeError for a module that Adapter refuses; the model is then unchanged.
+    method: a key of METHODS, whose class gets kwargs. target_modules: one name or several. Each
+    selects the modules whose dotted name is it or ends in "." + it, as in PEFT.
+    The first adapt freezes the whole model, a later one only what it wraps. ValueError for the
+    method, a name or an option, TypeError for what is no plain nn.Linear: nothing is changed.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
-    bases, unmatched = {}, set(targets)
-    for name, module in model.named_modules(remove_duplicate=False):
-        hits = {target for target in targets if f".{name}".endswith(f".{target}")}
-        if hits:
-            bases[module] = name
-            unmatched -= hits
-    if unmatched or not targets:
-        linears = {name.rpartition(".")[2] for name, module in model.named_modules()
-                   if type(module) is torch.nn.Linear and module not in adapted}
-        raise ValueError(f"target_modules {sorted(unmatched)[:3]} match no module; "
-                         f"nn.Linears are named {sorted(linears)[:9]} …")
-    for module, name in bases.items():
-        if module in adapted:
-            raise ValueError(f"{name} is already adapted; merge_adapters(model) first")
-        Adapter.check_base(module, name)  # here for the name in its message
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        layers = {base: METHODS[method](base, **kwargs) for base in bases}
-    except BaseException:  # the second may fail when the first has frozen its base
-        for p in trained:
-            p.requires_grad = True
-        raise
-    if not adapted:
-        for p in trained:
-            p.requires_grad = False
-    for base, layer in layers.items():
-        layer.train(base.training)
-        model = replace_module(model, base, layer)
-    return model
+    refuse(method not in METHODS, f"method {method!r} is not in {list(METHODS)}")
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    ends = tuple("." + target for target in targets)
+    named = [(f".{name}", m) for name, m in model.named_modules(remove_duplicate=False)]
+    unmatched = [end[1:] for end in ends if not any(name.endswith(end) for name, _ in named)]
+    refuse(unmatched or not ends, f"target_modules names no module: {unmatched[:3]}")
+    chosen = {module: name[1:] for name, module in named if name.endswith(ends)}
+    taken = {m for layer in model.modules() if isinstance(layer, Adapter) for m in layer.modules()}
+    for module, name in chosen.items():
+        refuse(module in taken, f"{name} is adapted: merge, or adapt a deepcopy of the original")
+        check_base(module, name)
+    layers = {base: METHODS[method](base, **kwargs).train(base.training) for base in chosen}
+    if not taken:
+        model.requires_grad_(False)
+    return replace_modules(model, layers)
+
+
+def replace_modules(model, new):
+    """Put new[module] at every place of module; returns model, or new[model]."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and module in new:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[module])
+    return new.get(model, model)
+
+
+def adapters(model):
+    """[(name, layer)] of all adapters; ValueError if there is none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, Adapter)]
+    refuse(not found, "the model has no adapters of this copy of minisora: adapt it first")
+    return found
 
 
 def merge_adapters(model):
-    """Replace every adapter by its merge(), in place; returns model.
-
-    Raises what merge() raises, with the layer's name; the model is then unchanged, since all are
-    merged on trial first. One W' at a time is held beside its base.
-    """
+    """Replace every adapter by its merge(), one by one; returns model. Raises what merge raises."""
     layers = adapters(model)
-    for name, layer in layers:
-        try:
-            layer.merge()
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
     while layers:
-        _, layer = layers.pop()
-        model = replace_module(model, layer, layer.merge())
+        name, layer = layers.pop()  # a for loop would keep all bases
+        model = replace_modules(model, {layer: layer.merge(name)})
     return model
 
 
 def trained_parameters(model):
-    """{name: parameter} of what adapter_state_dict copies."""
-    own, flat = set(), set()
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            own |= set(module.parameters()) - set(module.base.parameters())
-        if isinstance(module, (Adapter, torch.nn.Linear)):
-            mine = dict(module.named_parameters())
-            matrix = mine.get("A", mine.get("weight"))
-            if matrix is not None and matrix.dim() == 1:  # FSDP1 leaves flat pieces
-                flat |= set(mine.values())
-    if not own:
-        raise ValueError("the model has no adapters: take its state before it is merged")
+    """{name: parameter} of every adapter tensor, and all else with requires_grad, unsharded."""
+    own = {p for _, layer in adapters(model) for name, p in layer.named_parameters()
+           if name[:5] != "base."}
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
-        if p in flat or type(p) is not torch.nn.Parameter or p.is_meta or p.numel() == 0:
-            raise ValueError(
-                f"{name} is sharded, empty or on meta: {type(p).__name__} {tuple(p.shape)}, "
-                f"{p.device}. Gather first (FSDP.summon_full_params, or get_model_state_dict with "
-                "full_state_dict=True and ignore_frozen_params=True); load before sharding")
+        refuse(type(p) is not nn.Parameter, f"{name} is a sharded {type(p).__name__}: gather first")
     return trained
 
 
 def adapter_state_dict(model):
-    """{name: copy} of every adapter tensor and every other parameter with requires_grad (a head).
-
-    All that training changes but buffers. Keep the arguments of adapt beside it: they are not in
-    it. Raises ValueError without adapters, or for a parameter that is sharded or on meta.
-    """
+    """{name: copy} of trained_parameters, which raises ValueError. Keep adapt's arguments too."""
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy an adapter_state_dict into a model adapted and unfrozen as it was.
+    """Copy a state into a model adapted and unfrozen as the saved one was; returns model.
 
-    Raises ValueError with the numbers and the first names of what is missing and unexpected, or
-    for a tensor of another shape, not of plain floats or not finite; nothing is then copied.
+    ValueError for other names or shapes, or values not finite: nothing is copied.
     """
-    own, ready = trained_parameters(model), {}
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(str(name) for name in state.keys() - own.keys())
-    if missing or unexpected:
-        message = ("the state does not fit the model, adapted and unfrozen as it is: "
-                   f"{len(missing)} missing ({', '.join(missing[:3]):.300}), "
-                   f"{len(unexpected)} unexpected ({', '.join(unexpected[:3]):.300})")
-        if missing and unexpected:
-            prefix = unexpected[0].removesuffix(missing[0])
-            if unexpected == [prefix + name for name in missing]:
-                message += f", all with the prefix {prefix!r}"
-        raise ValueError(message)
+    own = trained_parameters(model)
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    refuse(missing or extra, f"the state has {len(missing)} missing names {missing[:3]} "
+                             f"and {len(extra)} unexpected {extra[:3]}")
     for name, p in own.items():
-        tensor = state[name]
-        plain = (type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-                 and tensor.is_floating_point() and tensor.layout is torch.strided)
-        if plain and tensor.shape == p.shape:
-            ready[name] = tensor.to(p, copy=True)  # a copy: state may hold the model's own tensors
-        if name not in ready or not ready[name].isfinite().all():
-            got = [getattr(tensor, what, None) for what in ("shape", "dtype")]
-            raise ValueError(f"{name} must be finite floats of shape {tuple(p.shape)}, "
-                             f"got {type(tensor).__name__} {got}")
-    for name, tensor in ready.items():
-        own[name].copy_(tensor)
+        fits = state[name].shape == p.shape and state[name].to(p).isfinite().all()
+        refuse(not fits, f"{name} must be finite, {p.shape}; got {state[name].shape}")
+    for name, p in own.items():
+        p.copy_(state[name])
+    return model
 
+
+# ---- what is refused, since torch would go on in silence
+
+def refuse(wrong, message, error=ValueError):
+    if wrong:
+        raise error(message)
+
+
+def check_base(base, name="base"):
+    weight = getattr(base, "weight", None)
+    plain = (type(base) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta
+             and weight.is_floating_point() and weight.element_size() > 1)
+    refuse(not plain, f"{name} must be an nn.Linear with a Parameter of 16 to 64 bit floats, not "
+                      f"meta: it is {type(base).__name__}, {type(weight).__name__}", TypeError)
+
+
+# ---- the paper's diagnostics of delta = W' − W0 (…, m, n)
 
 def relative_singular_values(delta):
-    """σ_i / σ_1 of delta (…, m, n), 0 for delta = 0: no sum of them can overflow."""
+    """σ_i / σ_1, or 0 where delta is 0."""
     S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
-    return S / S[..., :1].masked_fill(S[..., :1] == 0, 1)
+    return S / S[..., :1].clamp(min=torch.finfo(S.dtype).tiny)
 
 
 def singular_value_entropy(delta):
-    """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats, of delta (…, m, n): the spread of W' − W0.
+    """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats. At most log r for LoRA, 0 for delta = 0.
 
-    At most log r for LoRA. The p are Roy and Vetterli's (2007), whose effective rank is exp of the
-    entropy; the paper's were not at hand. Take W' − W0 in float64: rounding adds rank.
+    Take W' from copy.deepcopy(layer).double(): rounding to float32 gives it full rank.
+    Source: the paper's abstract; p is that of Roy and Vetterli (2007).
     """
     S = relative_singular_values(delta)
-    return torch.special.entr(S / S.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1)
+    p = S / S.sum(dim=-1, keepdim=True).clamp(min=1)
+    return -(p * p.masked_fill(p == 0, 1).log()).sum(dim=-1)  # 0 log 0 = 0, its gradient finite
 
 
 def stable_rank(delta):
-    """‖delta‖²F / ‖delta‖²₂ = Σ σ_i² / σ_1² of delta (…, m, n), at most its rank; 0 for 0."""
+    """‖delta‖²F / ‖delta‖₂² = Σ σ_i² / σ_1²: at most the rank, 0 for delta = 0."""
     return relative_singular_values(delta).square().sum(dim=-1)

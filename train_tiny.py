@@ -165,9 +165,10 @@ def measure(model, base, test):
     bpb = model.bits_per_byte(test)
     if not math.isfinite(bpb):
         return dict.fromkeys(["bpb", "merged_bpb", "entropy", "stable_rank", "orthogonality"])
-    merged, deltas = minisora.merge_adapters(copy.deepcopy(model)), updates(model, base)
-    defects = []
-    for _, layer in minisora.adapters(model):
+    merged, deltas, defects = copy.deepcopy(model), updates(model, base), []
+    if any(isinstance(layer, minisora.Adapter) for layer in model.modules()):
+        merged = minisora.merge_adapters(merged)
+    for layer in model.modules():
         if isinstance(layer, minisora.SORALinear):
             R = layer.rotation_matrix().cpu().double()
             defects.append(torch.linalg.matrix_norm(R.T @ R - torch.eye(len(R)), 2).item())
