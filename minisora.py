@@ -6,10 +6,10 @@ After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in 
 a few parameters that turn it into W'. At step 0 W' = W0. The bias b never changes.
 
     W0, W' (m, n)        m = out_features, n = in_features
-    A (r, n), B (m, r)   factors of the low-rank update sBA, scaled by s = lora_alpha / r
+    A (r, n), B (m, r)   trained factors of the rank-r update sBA, s = lora_alpha / r
     d (m,)               a trained diagonal, the parameter `diag`
-    c (m,)               magnitude / ‖W0 + sBA‖row, where ‖·‖row (m,) is the norm of each row
-    R (m, m)             the rotation e^P. P is skew (Pᵀ = −P), made from C and D (m, r_p)
+    c (m,)               trained magnitude / ‖W0 + sBA‖row, where ‖·‖row (m,) is each row's norm
+    R (m, m)             the rotation e^P of a skew P (Pᵀ = −P), from trained C and D (m, r_p)
 
 A method is what stands before and after the sum: W0 → [before] → + sBA → [after] → W'
 
@@ -25,13 +25,13 @@ from torch import nn
 
 
 class Adapter(nn.Module):
-    """A frozen nn.Linear `base`, the factors A and B, and what is done with W'.
+    """A frozen nn.Linear `base` with trained A and B.
 
-    A method is a child that defines dense(W0), the equation W' (m, n). It may define thin(W0),
-    which then runs instead: (d, up, down) with W' = diag(d) W0 + up down, d (m,) or None for 1,
-    up (m, k), down (k, n), k small. Test that the two agree: nothing here does.
-    A and B are float32, or float64 on a float64 base, unless you cast the model.
-    TypeError for the base, ValueError for r, lora_alpha or the device of x.
+    A method is a child that defines dense(W0), the equation W' (m, n). It may add thin(W0), which
+    is then used instead: (d, up, down) with W' = diag(d) W0 + up down, d (m,) or None for 1,
+    up (m, k), down (k, n), k small. Test that the two agree: nothing here does. W0 comes as it is
+    to run, and in float32 or wider to be read or merged. A and B are float32 or wider, unless you
+    cast the model. TypeError for the base, ValueError for r, lora_alpha or the device of x.
     """
 
     def __init__(self, base, r=8, lora_alpha=16):
@@ -50,7 +50,7 @@ class Adapter(nn.Module):
         if "dense" in vars(cls) and "thin" not in vars(cls):
             cls.thin = Adapter.thin
 
-    sB = property(lambda self: self.scaling * self.B)  # (m, r)
+    sB = property(lambda self: self.scaling * self.B)
 
     def thin(self, W0):
         return None
@@ -63,10 +63,10 @@ class Adapter(nn.Module):
             if thin is None:
                 return self.dense(W0)
             d, up, down = thin
-            return (W0 if d is None else d[:, None] * W0) + up @ down
+            return (W0 if d is None else d[:, None] * W0) + up.to(W0.dtype) @ down.to(W0.dtype)
 
     def forward(self, x):
-        """x (…, n) -> y = x W'ᵀ + b (…, m), in the dtype of base(x)."""
+        """x (…, n) -> y = x W'ᵀ + b (…, m) in base(x)'s dtype."""
         W0, b = self.base.weight, self.base.bias
         refuse(x.device != W0.device, f"x is on {x.device}, the base on {W0.device}")
         with torch.autocast(W0.device.type, enabled=False):
@@ -81,29 +81,30 @@ class Adapter(nn.Module):
         if b is not None:  # y0 has b in it, and d b + (1 − d) b = b
             b = ((1 - d) * b).to(h.dtype)
         update = nn.functional.linear(h, up.to(h.dtype), b)  # (…, m)
-        return (d * y0 + update).to(y0.dtype)  # d stays wide: bfloat16 would round 1.003 to 1
+        return (d * y0 + update).to(y0.dtype)  # in bfloat16 a d of 1.003 would be 1
 
     @torch.no_grad()
     def merge(self, name="base"):
-        """A new nn.Linear with W', frozen, rounded to base's dtype. ValueError if not finite."""
+        """A new frozen nn.Linear: W' rounded to base's dtype. ValueError if it is not finite."""
         check_base(self.base, name)
         merged = copy.deepcopy(self.base).requires_grad_(False)
         merged.weight.copy_(self.adapted_weight())
         refuse(not merged.weight.isfinite().all(), f"{name}: W' is not finite")
         return merged
 
-    # For code that goes past forward, as nn.TransformerEncoder does in eval mode.
+    # For code that bypasses forward, as nn.TransformerEncoder does in eval mode.
     weight = property(lambda self: self.adapted_weight().to(self.base.weight.dtype))
     bias = property(lambda self: self.base.bias)
 
     def extra_repr(self):
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k[0] != "_")
+        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
+        return ", ".join(f"{k}={v}" for k, v in shown.items())
 
 
 class LoRALinear(Adapter):
     """LoRA: W' = W0 + sBA.
 
-    A starts uniform on ±1/√n, as in loralib and PEFT, B at 0. Source: LoRA (arXiv 2106.09685).
+    A starts uniform in ±1/√n, as in loralib and PEFT, B at 0. Source: LoRA (arXiv 2106.09685).
     """
 
     def dense(self, W0):
@@ -131,7 +132,7 @@ class PreDiagLinear(Adapter):
 
 
 def row_norm(W):
-    """‖W‖row (m,), in float32 or wider. The DoRA paper stores Wᵀ, so it says column."""
+    """‖W‖row (m,), in float32 or wider. The DoRA paper says columns: it stores Wᵀ."""
     return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
 
 
@@ -139,10 +140,10 @@ class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
 
     magnitude starts at ‖W0‖row. A row of zeros in W stays zero.
-    detach_norm: the norm is a constant in the backward. From the gradient g of a row of W', the
-    row w of W then gets c g. In full it would get c (g − ⟨g, ŵ⟩ ŵ) with ŵ = w / ‖w‖.
-    W' is rounded to base's dtype before it meets x. In bfloat16 a magnitude moved by 0.1 % moves
-    nothing, unlike in the matrix form. Source: DoRA (arXiv 2402.09353), its section 4.3.
+    detach_norm: the norm is a constant in the backward. If a row of W' has the gradient g, the
+    row w of W gets c g; without detach_norm it gets c (g − ⟨g, ŵ⟩ ŵ) with ŵ = w / ‖w‖.
+    W' is rounded to base's dtype before it meets x; the matrix form keeps c in float32.
+    Source: DoRA (arXiv 2402.09353), section 4.3 for detach_norm.
     """
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
@@ -163,14 +164,14 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA, where W0 + sBA is never formed.
 
-    Values and gradients are DoRALinear's. The squared norm is a sum, which cancels where W0 + sBA
-    nearly vanishes. Below ε ‖W0‖²row, ε of W0's dtype, no digit is right, and it is held there.
-    Source: the paper's abstract. The norm is own derivation, also in arXiv 2603.22276.
+    Values and gradients are DoRALinear's. The squared norm is a sum, which cancels where a row of
+    W0 + sBA is near 0. Below ε ‖W0‖²row no digit is right, so that is its minimum (ε: W0's dtype).
+    Source: the paper's abstract; the norm is ours, and that of arXiv 2603.22276.
     """
 
     def thin(self, W0):
         A, sB = self.A, self.sB
-        if self.detach_norm:  # in row_scale alone, the backward would keep seven more tensors
+        if self.detach_norm:  # in row_scale alone, the backward would keep 7 tensors more
             A, sB = A.detach(), sB.detach()
         # ‖w + u‖² = ‖w‖² + 2⟨w, u⟩ + ‖u‖² for each row w of W0 and u of sBA
         w2 = row_norm(W0).square()
@@ -185,17 +186,17 @@ def rotation_factors(C, D, rotation="exp"):
 
         exp          R = e^P, a rotation, since (e^P)ᵀ = e^(Pᵀ) = e^(−P) = (e^P)⁻¹
         cayley       R = (I − P/2)⁻¹ (I + P/2), another rotation
-        first_order  R = I + P, not one, since RᵀR = I + PᵀP
-    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) lets the angles of long factors grow only linearly.
-    L, V: float64 (mps: float32). exp is e^P to 1e-12 for ‖P‖₂ up to 10, to 1e-7 up to 100.
-    ValueError for another name. Source: authors' code for P, own derivation for R.
+        first_order  R = I + P, no rotation, since RᵀR = I + PᵀP
+    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) keeps P linear, not quadratic, in long C and D.
+    L, V are float64, where exp errs by 1e-12 at ‖P‖₂ = 10 and by 1e-7 at 100, or float32 on mps.
+    ValueError for another name. Source: P is the authors' code, R our derivation.
     """
     refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
     dtype = torch.float32 if C.device.type == "mps" else torch.float64
     C, D = C.to(dtype), D.to(dtype)
     s_P = (1 / (torch.linalg.norm(C) + torch.linalg.norm(D) + 1e-6)).clamp(max=1)
     # E = D − Cτ has the same P for every diagonal τ: CτCᵀ is symmetric and drops out. This one
-    # takes off what D has along C, which would cancel. At D = C it makes P exactly 0.
+    # removes D's part along C, which would cancel in P. At D = C it makes P exactly 0.
     c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
     E = D - C * ((C * D).detach().sum(dim=0) / c2)
     # P = UVᵀ, so P² = U Z Vᵀ, P³ = U Z Z Vᵀ, … with the small Z = VᵀU. So each power series in P
@@ -205,13 +206,13 @@ def rotation_factors(C, D, rotation="exp"):
     K = I = torch.eye(len(Z), dtype=dtype, device=Z.device)  # first_order
     if rotation == "exp":
         # K = I + Z/2! + Z²/3! + … makes U K Vᵀ = P + P²/2! + P³/3! + … = e^P − I. Begin at P/2¹²:
-        # near 0 a Padé approximant, numerator / denominator, is accurate. The two differ by z,
-        # so K is 1 / denominator. For a skew P it is orthogonal at any angle.
+        # near 0, e^z ≈ (denominator + z) / denominator, a Padé approximant, and so K, which is
+        # (e^z − 1) / z, is 1 / denominator. This R is orthogonal at any angle of P.
         z = Z / 2**12
         denominator = I - z / 2 + z @ z / 12
-        K = torch.linalg.inv_ex(denominator).inverse / 2**12  # inv makes a GPU wait
-        for _ in range(12):  # (I + U K Vᵀ)² = I + U (2K + K Z K) Vᵀ
-            K = torch.addmm(K, K @ Z, K, beta=2)
+        K = torch.linalg.inv_ex(denominator).inverse / 2**12  # inv syncs the GPU
+        for _ in range(12):  # (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ
+            K = K @ torch.addmm(I, Z, K, beta=2)
     elif rotation == "cayley":
         K = torch.linalg.inv_ex(I - Z / 2).inverse
     return U @ K, V
@@ -220,7 +221,7 @@ def rotation_factors(C, D, rotation="exp"):
 class SORALinear(Adapter):
     """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
 
-    diag starts at 1, C uniform on ±1/√m, and D at C, so that P = 0 and R = I. C = D = 0 would have
+    diag starts at 1, C uniform in ±1/√m, and D = C, so that P = 0 and R = I. C = D = 0 would have
     no gradient, since P is linear in each. ValueError for r_p or rotation.
     Source: the paper's figure; the start from the authors' code.
     """
@@ -242,7 +243,7 @@ class SORALinear(Adapter):
     def dense(self, W0):
         return self.rotation_matrix() @ (self.diag[:, None] * W0 + self.sB @ self.A)
 
-    def thin(self, W0):  # with M = diag(d) W0 + sBA: R M = M + L (VᵀM), of rank r + 2 r_p
+    def thin(self, W0):  # R M = M + L (VᵀM) with M = diag(d) W0 + sBA: k = r + 2 r_p
         L, V = rotation_factors(self.C, self.D, self.rotation)
         L, V, sB = L.to(self.C.dtype), V.to(self.C.dtype), self.sB
         VM = (self.diag[:, None] * V).T.to(W0.dtype) @ W0 + (V.T @ sB) @ self.A  # (2 r_p, n)
@@ -269,7 +270,7 @@ def adapt(model, method, target_modules, **kwargs):
     ends = tuple("." + target for target in targets)
     named = [(f".{name}", m) for name, m in model.named_modules(remove_duplicate=False)]
     unmatched = [end[1:] for end in ends if not any(name.endswith(end) for name, _ in named)]
-    refuse(unmatched or not ends, f"target_modules names no module: {unmatched[:3]}")
+    refuse(unmatched or not ends, f"no module for {unmatched[:3]}")
     chosen = {module: name[1:] for name, module in named if name.endswith(ends)}
     taken = {m for layer in model.modules() if isinstance(layer, Adapter) for m in layer.modules()}
     for module, name in chosen.items():
@@ -298,16 +299,16 @@ def adapters(model):
 
 
 def merge_adapters(model):
-    """Replace every adapter by its merge(), one by one; returns model. Raises what merge raises."""
+    """Replace each adapter by its merge(); returns model. What merge raises stops it half-way."""
     layers = adapters(model)
     while layers:
-        name, layer = layers.pop()  # a for loop would keep all bases
+        name, layer = layers.pop()  # frees each base before the next
         model = replace_modules(model, {layer: layer.merge(name)})
     return model
 
 
 def trained_parameters(model):
-    """{name: parameter} of every adapter tensor, and all else with requires_grad, unsharded."""
+    """{name: parameter} of every adapter tensor, and all else with requires_grad."""
     own = {p for _, layer in adapters(model) for name, p in layer.named_parameters()
            if name[:5] != "base."}
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
@@ -317,7 +318,7 @@ def trained_parameters(model):
 
 
 def adapter_state_dict(model):
-    """{name: copy} of trained_parameters, which raises ValueError. Keep adapt's arguments too."""
+    """{name: copy} of trained_parameters. The arguments of adapt are not in it."""
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
@@ -332,14 +333,14 @@ def load_adapter_state_dict(model, state):
     refuse(missing or extra, f"the state has {len(missing)} missing names {missing[:3]} "
                              f"and {len(extra)} unexpected {extra[:3]}")
     for name, p in own.items():
-        fits = state[name].shape == p.shape and state[name].to(p).isfinite().all()
-        refuse(not fits, f"{name} must be finite, {p.shape}; got {state[name].shape}")
+        refuse(state[name].shape != p.shape, f"{name} must be {p.shape}, got {state[name].shape}")
+        refuse(not state[name].to(p).isfinite().all(), f"{name} is not finite")
     for name, p in own.items():
         p.copy_(state[name])
     return model
 
 
-# ---- what is refused, since torch would go on in silence
+# ---- checks, for what torch would accept in silence
 
 def refuse(wrong, message, error=ValueError):
     if wrong:
@@ -365,8 +366,8 @@ def relative_singular_values(delta):
 def singular_value_entropy(delta):
     """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats. At most log r for LoRA, 0 for delta = 0.
 
-    Take W' from copy.deepcopy(layer).double(): rounding to float32 gives it full rank.
-    Source: the paper's abstract; p is that of Roy and Vetterli (2007).
+    Take W' from copy.deepcopy(layer).double(): rounding W' gives delta full rank.
+    Source: the paper's abstract; p as in Roy and Vetterli (2007).
     """
     S = relative_singular_values(delta)
     p = S / S.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -378,6 +378,14 @@ def test_a_diagonal_step_is_not_rounded_away():
     close(layer, layer(torch.eye(5).to(layer.base.weight)), 0.003 * W0.T, W0.abs().T * 0.003, k=1)
 
 
+@given(layers(dtypes=(f32,), scaled=False), st.sampled_from([bf16, f16]))
+def test_a_layer_that_is_cast_after_adapting_is_right_to_that_precision(layer, dtype):
+    layer.to(dtype)
+    x, (W, size) = inputs(layer, 3), oracle(layer)
+    close(layer, layer(x), *output(layer, x), eps=torch.finfo(dtype).eps)
+    close(layer, layer.merge().weight, W, size)
+
+
 @few
 @given(layers(dtypes=(f32,), scaled=False))
 def test_autocast_touches_the_products_with_x_alone(layer):
@@ -848,8 +856,8 @@ SECOND = {"__name__": "second"}
 exec(inspect.getsource(minisora), SECOND)  # a second copy knows no adapter of the first
 REFUSED = {  # the words in the message: the call (and a parameter that is changed before)
     "method 'vera' is not in ['lora'": lambda net: adapt(net, "vera", "v_proj"),
-    "no module: ['proj']": lambda net: adapt(net, "lora", ["v_proj", "proj"]),
-    "no module: []": lambda net: adapt(net, "lora", []),
+    "no module for ['proj']": lambda net: adapt(net, "lora", ["v_proj", "proj"]),
+    "no module for []": lambda net: adapt(net, "lora", []),
     "1.q_proj is adapted: merge, or": lambda net: adapt(net, "lora", ["v_proj", "q_proj"]),
     "1.q_proj.base is adapted": lambda net: adapt(net, "lora", "base"),
     "2 must be an nn.Linear": lambda net: adapt(net, "lora", ["v_proj", "2"]),
@@ -866,9 +874,9 @@ REFUSED = {  # the words in the message: the call (and a parameter that is chang
     "1 missing names ['1.q_proj.A'] and 0": lambda net: load(net, A=None),
     "1 missing names ['1.q_proj.B'] and 2 unexpected ['1.q_proj.e', '1.q_proj.f']": (
         lambda net: load(net, B=None, f=rand(1), e=rand(1))),
-    "A must be finite, torch.Size([8, 6]); got torch.Size([6])": lambda net: load(net, A=rand(6)),
-    "1.q_proj.A must be finite": lambda net: load(net, A=rand(8, 6) * math.nan),
-    "A must be finite": lambda net: load(net, A=rand(8, 6).double() * 1e300),
+    "A must be torch.Size([8, 6]), got torch.Size([6])": lambda net: load(net, A=rand(6)),
+    "1.q_proj.A is not finite": lambda net: load(net, A=rand(8, 6) * math.nan),
+    "A is not finite": lambda net: load(net, A=rand(8, 6).double() * 1e300),
     "x is on meta": lambda net: net[1].q_proj(rand(2, 6).to("meta")),
     "base on meta": (lambda net: net[1].q_proj(rand(2, 6)), "base.weight", lambda p: p.to("meta")),
     "B is a sharded Piece: gather": (adapter_state_dict, "B", lambda p: p.as_subclass(Piece)),
