@@ -36,7 +36,8 @@ settings.register_profile(
     "default", derandomize=True, database=None, deadline=None, max_examples=100)
 settings.register_profile("long", deadline=None, max_examples=3000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-few = settings(max_examples=settings().max_examples // 5)  # where an example takes a while
+few = settings(max_examples=settings().max_examples // 5)
+torch.set_num_threads(1)  # tensors are small
 
 KINDS = {
     "lora": (LoRALinear, {}),
@@ -306,7 +307,6 @@ class Scaled(Adapter):
 
 
 def test_a_new_method_is_its_equation_alone(monkeypatch):
-    """Its forward, state, merge and modes are then right."""
     monkeypatch.setitem(METHODS, "scaled", Scaled)
     net, x = disturb(adapt(model().eval(), "scaled", "q_proj")), rand(3, 6)
     layer, y = net[1].q_proj, net(x)

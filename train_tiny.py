@@ -45,7 +45,7 @@ DIM, HEAD, LAYERS, CONTEXT, BATCH = 128, 32, 2, 128, 8
 BASE_STEPS, BASE_RATE, STEPS = 1400, 3e-3, 300
 REACH_STEPS, REACH_RATE = 600, 0.2
 BENCH_SIZES, BENCH_ROUNDS = [(2048, 1024), (512, 2048)], 25  # (tokens, dim)
-DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
 
 
 # ---- the experiment: data, model, training, results
@@ -131,7 +131,7 @@ def train(models, data, steps, seed, steps_left):
             optimizers[name].step()
             loss.item()  # waits for the device
             times[name].append((time.perf_counter() - start) * 1e3)
-        if (step + 1) % warm == 0:
+        if (step + 1) % warm == 0:  # steps_left: of one model each, until the whole run ends
             left = (steps_left - (step + 1) * len(models)) * np.median(list(times.values())) / 1e3
             print(f"{' '.join(models)}: seed {seed}, step {step + 1} of {steps}, "
                   f"about {left:.0f} s left in all", file=sys.stderr)
@@ -165,16 +165,17 @@ def spread(values, form, root=1.0):
 
 def table(results):
     """A row for each method. "− lora" is the mean paired difference, ± its standard error."""
-    print("method            rate trainable ms/step       bits/byte           − lora entropy "
-          "‖RᵀR − I‖₂")
+    print("method            rate trainable ms/step        bits/byte            − lora "
+          "entropy ‖RᵀR − I‖₂")
     lora = [row["bpb"] for row in results.get("lora", [])]
     for name, rows in results.items():
         bpb = [row["bpb"] for row in rows]
         score = spread(bpb, ".4f") if np.isfinite(bpb).all() else "diverged"
         less = spread(np.subtract(bpb, lora), "+.4f", len(bpb)**0.5) if lora else ""
         ms, entropy = (np.mean([row[key] for row in rows]) for key in ("ms", "entropy"))
-        print(f"{name:16} {METHODS[name][2]:5.0e} {rows[0]['trainable']:9,} {ms:7.1f} "
-              f"{score:>15} {less:>16} {entropy:7.2f} {rows[0]['defect']:10.1e}")
+        defect = max(row["defect"] for row in rows)
+        print(f"{name:16} {METHODS[name][2]:5.0e} {rows[0]['trainable']:9,} {ms:7.1f} {score:>16} "
+              f"{less:>17} {entropy:7.2f} {f'{defect:10.1e}' if defect else ''}".rstrip())
     gap = np.nanmax([row["gap"] for rows in results.values() for row in rows])
     print(f"Merged and unmerged differ by at most {gap:.0e} bits per byte.")
 
@@ -185,16 +186,16 @@ def experiment(methods=tuple(METHODS)[:6], seeds=1, plot=None, quick=False, devi
     library = sorted(pathlib.Path(copy.__file__).parent.glob("*.py"))
     prose, _ = corpus("\n".join(topics[name] for name in sorted(topics)).encode())
     code, test = corpus(b"\n".join(file.read_bytes() for file in library))
-    each = len(methods) * (steps + 25)  # steps for a seed, 25 in place of measuring a model
+    seed_steps = len(methods) * (steps + 25)  # measuring a model takes as long as 25 steps
     torch.manual_seed(0)
     base = GPT().to(device)
     base.rate = BASE_RATE
-    train({"base": base}, prose, base_steps, 0, base_steps + seeds * each)
+    train({"base": base}, prose, base_steps, 0, base_steps + seeds * seed_steps)
     print(f"Before it is adapted, the base scores {base.bits_per_byte(test):.4f} bits per byte.")
     results = {name: [] for name in methods}
     for seed in range(seeds):
         models = {name: adapted(base, name, seed) for name in results}
-        times = train(models, code, steps, seed, (seeds - seed) * each)
+        times = train(models, code, steps, seed, (seeds - seed) * seed_steps)
         for name, model in models.items():
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             results[name].append({"trainable": trainable, "ms": np.median(times[name]),
@@ -207,7 +208,7 @@ def experiment(methods=tuple(METHODS)[:6], seeds=1, plot=None, quick=False, devi
 
 
 def draw(file, results):
-    """The paper's first finding: a conditioned update is not bound to rank r, as LoRA's is."""
+    """The paper's first finding: LoRA's update has rank r, a conditioned one has more."""
     from matplotlib.figure import Figure
     axes = Figure(layout="constrained").subplots()
     axes.set(title="Singular values of W' − W0 of the last seed, mean of all layers",
@@ -222,7 +223,7 @@ def draw(file, results):
 # ---- in place of the experiment
 
 def reach(device=DEVICES[0]):
-    """‖W' − W*‖F / ‖W* − W0‖F of layers that were fitted to a known W*, with r = r_p = 4."""
+    """How near layers come to a known W*: ‖W' − W*‖F / ‖W* − W0‖F, with r = r_p = 4."""
     torch.manual_seed(0)
     W0, d = torch.randn(64, 64) / 8, 0.5 + torch.rand(64, 1)
     Q = torch.linalg.qr(torch.randn(64, 8)).Q
@@ -281,7 +282,7 @@ def flops(layer, x):
 
 
 def bench(quick=False, device=DEVICES[0]):
-    """Time single layers in turn. saved: the bytes kept for the backward, over those of x."""
+    """Time single layers in turn. saved: bytes kept for the backward, over those of x."""
     rounds = BENCH_ROUNDS // 5 + 1 if quick else BENCH_ROUNDS
     wait, sizes, cells = getattr(torch, device).synchronize, " " * 16, {}
     for tokens, dim in BENCH_SIZES:
@@ -307,7 +308,6 @@ def bench(quick=False, device=DEVICES[0]):
 
 
 def main(argv=None):
-    """Run the experiment, or reach or bench in its place, and return its results."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows a ?
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -318,7 +318,7 @@ def main(argv=None):
     add("--seeds", type=int, help="how many adaptations")
     add("--plot", metavar="FILE", help="draw the singular values of the updates")
     add("--quick", action="store_true", help="few steps, with --bench few rounds")
-    add("--device", choices=DEVICES, help="the first is the default, in each mode")
+    add("--device", choices=DEVICES, help="in every mode, by default the first")
     for mode in (reach, bench):
         instead.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode,
                              help=mode.__doc__)
