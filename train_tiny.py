@@ -296,15 +296,15 @@ def bench(quick=False, device=DEVICES[0]):
             torch.autograd.grad(layer(x), inputs, G)
             wait()
             ms[name].append((time.perf_counter() - start) * 1e3)
-        sizes += f"{tokens:14} tokens, {dim:4} → {dim:4}     "
+        sizes += f"{tokens:12} tokens, {dim:4} → {dim:4}   "
         for name, layer in layers.items():
             ratios = [np.median(np.divide(ms[name], ms[other])) for other in ("linear", "lora")]
             saved, gflop = saved_bytes(layer, x) / x.nbytes, flops(layer, x) / 1e9
             cells[name] = cells.get(name, []) + [np.median(ms[name]), *ratios, saved, gflop]
     print(sizes.rstrip())
-    print("layer           " + "      ms /linear   /lora   saved   GFLOP" * len(BENCH_SIZES))
+    print("layer           " + "     ms  /base  /lora  saved  GFLOP" * len(BENCH_SIZES))
     for name, row in cells.items():
-        print(f"{name:16}" + "".join(f"{cell:8.2f}" for cell in row))
+        print(f"{name:16}" + "".join(f"{cell:7.2f}" for cell in row))
 
 
 def main(argv=None):
