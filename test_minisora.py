@@ -252,7 +252,7 @@ def test_merging_gives_a_plain_linear_with_the_adapted_weight(layer):
 
 
 class Watch(TorchDispatchMode):
-    """The operations that ran, and the sizes of what they made (views of W0 aside)."""
+    """What ran, and the sizes of what it made."""
 
     def __init__(self, W0):
         super().__init__()
@@ -536,12 +536,12 @@ def test_the_matrix_norm_errs_by_what_its_terms_cancel(layer, delta):
 
 @pytest.mark.parametrize("dtype", [f32, f64, bf16])
 def test_the_matrix_norm_has_its_floor_at_epsilon_times_the_square_of_W0(dtype):
-    """A sum of exactly zero has c = magnitude / √(ε‖w‖²), no other multiple of it."""
-    layer = make("dora_matrix", m=3, n=8, r=1, alpha=1, dtype=dtype)
-    layer.A.data[:] = layer.base.weight.data[1] = 1.0  # so that it cancels without rounding
-    layer.B.data[1], layer.magnitude.data[1] = -1.0, 3.0
-    exact = 3.0 / math.sqrt(8 * torch.finfo(dtype).eps)
-    close(layer, layer.thin(layer.base.weight)[0][1], exact, exact, k=4)
+    """Where W0Aᵀ is exact: float32's ε for a sB that a half would round, and for a sum of 0."""
+    layer, eps = make("dora_matrix", m=3, n=8, r=1, alpha=1, dtype=dtype), torch.finfo(dtype).eps
+    layer.A.data[:] = layer.base.weight.data[:2] = 1.0
+    layer.B.data[:2, 0], layer.magnitude.data[:] = torch.tensor([1 + 2**-10, -1.0]), 3.0
+    exact = 3.0 / np.sqrt([8 * (2 + 2**-10) ** 2, 8 * eps])
+    close(layer, layer.thin(layer.base.weight)[0][:2], exact, exact, k=4)
 
 
 # ---- SORA
@@ -695,7 +695,7 @@ def test_a_deficient_update_has_exact_diagnostics_and_finite_gradients(sigma):
 # ---- models
 
 class Attention(nn.Module):
-    """With a name that only ends alike, and an output that is used at two places."""
+    """With a name that only ends alike, and an output at two places."""
 
     def __init__(self):
         super().__init__()
@@ -744,6 +744,8 @@ def test_the_defaults_are_those_of_the_interface():
     for cls in METHODS.values():
         values = [p.default for p in inspect.signature(cls).parameters.values()][1:]
         assert values[:2] == [8, 16] and values[2:] in ([], [True], [4, "exp"])
+    shown = "out_features=2, in_features=3, r=8, lora_alpha=16, scaling=2.0"
+    assert LoRALinear(nn.Linear(3, 2)).extra_repr() == shown
 
 
 @pytest.mark.parametrize("targets", ["out", "again", ["out", "again"]])
@@ -854,8 +856,8 @@ REFUSED = {  # the words in the message: the call (and a parameter that is chang
     "of minisora: adapt it first": lambda net: adapter_state_dict(net[2]),
     "the model has no adapters": lambda net: SECOND["merge_adapters"](net),
     "1 missing names ['1.q_proj.A'] and 0": lambda net: load(net, A=None),
-    "1 missing names ['1.q_proj.B'] and 2 unexpected ['1.q_proj.e', '1.q_proj.f']": (
-        lambda net: load(net, B=None, f=rand(1), e=rand(1))),
+    "0 missing names [] and 2 unexpected ['1.q_proj.e', '1.q_proj.f']": (
+        lambda net: load(net, f=rand(1), e=rand(1))),
     "A must be torch.Size([8, 6]), got torch.Size([6])": lambda net: load(net, A=rand(6)),
     "1.q_proj.A is not finite": lambda net: load(net, A=rand(8, 6) * math.nan),
     "A is not finite": lambda net: load(net, A=rand(8, 6).double() * 1e300),
@@ -986,7 +988,6 @@ def test_the_readme_names_tests_that_exist_and_lines_that_are_right():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_readmes_python_blocks_run_and_leave_no_file_behind(block, tmp_path, monkeypatch):
-    """Their asserts are the recipes' promises."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(minisora, "METHODS", dict(METHODS))
     exec(block, {})
