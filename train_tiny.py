@@ -253,7 +253,7 @@ def bench_layers(dim, device, dtype):
     """{name: layer} of an nn.Linear and of every method around a copy, away from its start."""
     torch.manual_seed(0)
     layers = {"linear": nn.Linear(dim, dim, device=device, dtype=dtype).requires_grad_(False)}
-    for name in [*minisora.METHODS, "sora cayley", "sora first_order"]:
+    for name in [*minisora.METHODS, "sora first_order"]:
         method, *rotation = name.split()
         options = {"rotation": rotation[0]} if rotation else {}
         base = copy.deepcopy(layers["linear"])
