@@ -2,377 +2,381 @@
 """minisora: weight conditioning for fine-tuning, in one file.
 
 After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT*
-(arXiv 2511.00051, AAAI 2026). A linear layer is y = x W0ᵀ + b. Fine-tuning freezes W0 and trains
-a few parameters that turn it into W'. At step 0 W' = W0. The bias b never changes.
+(arXiv 2511.00051, AAAI 2026). A linear layer is y = x W0ᵀ + b. Fine-tuning freezes W0 and b, and
+trains a few parameters that turn W0 into W'. At first W' = W0.
 
-    W0, W' (m, n)        m = out_features, n = in_features
-    A (r, n), B (m, r)   trained factors of the rank-r update sBA, s = lora_alpha / r
-    d (m,)               a trained diagonal, the parameter `diag`
-    c (m,)               trained magnitude / ‖W0 + sBA‖row, where ‖·‖row (m,) is each row's norm
-    R (m, m)             the rotation e^P of a skew P (Pᵀ = −P), from trained C and D (m, r_p)
+    W0, W' (m, n)       m = out_features, n = in_features
+    A (r, n), B (m, r)  trained factors of the rank-r update sBA, s = lora_alpha / r
+    d (m,)              trained diagonal, the parameter `diag`
+    c (m,)              trained `magnitude` / the row lengths of W0 + sBA
+    C, D (m, r_p)       trained factors of a skew P (m, m), Pᵀ = −P; unrelated to c, d
+    R (m, m)            the rotation e^P, kept as I + LVᵀ with thin L, V (m, 2 r_p)
 
-A method is what stands before and after the sum: W0 → [before] → + sBA → [after] → W'
+A conditioning matrix multiplies W0 alone (before the update), or the sum (after it):
 
-    LoRA      –          –          W0 + sBA
-    Pre-Diag  diag(d)    –          diag(d) W0 + sBA
-    DoRA      –          diag(c)    diag(c) (W0 + sBA)
-    SORA      diag(d)    R          R (diag(d) W0 + sBA)
+              before   after    W'                     in code
+    LoRA      –        –        W0 + sBA               Weight(W0, None, sB, A)
+    Pre-Diag  diag(d)  –        diag(d) W0 + sBA       Weight(W0, d, sB, A)
+    DoRA      –        diag(c)  diag(c) (W0 + sBA)     scale(c, Weight(W0, None, sB, A))
+    SORA      diag(d)  R        R (diag(d) W0 + sBA)   rotate(L, V, Weight(W0, d, sB, A))
 """
 import copy
+import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+class Weight(NamedTuple):
+    """The matrix diag(d) M + up down (m, n), kept as its parts. Only matrix() forms it."""
+    M: torch.Tensor  # (m, n): W0, maybe half precision, or the method's own
+    d: torch.Tensor = None  # (m,), None for 1
+    up: torch.Tensor = None  # (m, k) with a small k, None for 0
+    down: torch.Tensor = None  # (k, n)
+
+def wide_dtype(tensor):  # at least float32
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+def matrix(W):
+    """W formed (m, n), in float32 or wider."""
+    M = W.M.to(wide_dtype(W.M))
+    if W.d is not None:
+        M = W.d[:, None] * M
+    if W.up is not None:
+        with torch.autocast(M.device.type, enabled=False):
+            M = M + W.up.to(M.dtype) @ W.down.to(M.dtype)
+    return M.clone() if M is W.M else M  # a change in place must not reach W0
 
 class Adapter(nn.Module):
-    """A frozen nn.Linear `base` with trained A and B.
+    """A frozen nn.Linear `base` with trained A and B. A method is a child with equation(W0).
 
-    A method is a child that defines dense(W0), the equation W' (m, n). It may add thin(W0), which
-    is then used instead: (d, up, down) with W' = diag(d) W0 + up down, d (m,) or None for 1,
-    up (m, k), down (k, n), k small. Test that the two agree: nothing here does. W0 comes as it is
-    to run, and in float32 or wider to be read or merged. A and B are float32 or wider, unless you
-    cast the model. TypeError for the base, ValueError for r, lora_alpha or the device of x.
+    equation returns W' as a Weight. Its W0 (m, n) is as stored in forward, maybe in half precision,
+    and else float32 or wider. If M is not W0, or up is None, forward skips base and base's hooks.
+    A starts uniform in ±1/√n, B at 0. TypeError for an unfit base, ValueError for r or lora_alpha.
     """
+    options = "r", "lora_alpha"
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__()
         check_base(base)
         refuse(r < 1, f"r must be at least 1, got {r}")
-        refuse(not 0 < abs(lora_alpha) < torch.inf, f"lora_alpha is 0 or not finite: {lora_alpha}")
+        refuse(lora_alpha == 0 or not math.isfinite(lora_alpha),
+               f"lora_alpha must be finite and not 0, got {lora_alpha}")
         self.out_features, self.in_features = m, n = base.weight.shape
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
-        A = base.weight.new_empty(r, n, dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        self.A = nn.Parameter(A.uniform_(-(n**-0.5), n**-0.5))
-        self.B = nn.Parameter(A.new_zeros(m, r))
+        A = base.weight.new_empty(r, n, dtype=wide_dtype(base.weight)).uniform_(-n**-0.5, n**-0.5)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(A.new_zeros(m, r))
         self.base = base.requires_grad_(False)
 
-    def __init_subclass__(cls):  # a child with its own dense() must not run its parent's thin()
-        if "dense" in vars(cls) and "thin" not in vars(cls):
-            cls.thin = Adapter.thin
-
-    sB = property(lambda self: self.scaling * self.B)
-
-    def thin(self, W0):
-        return None
-
     def adapted_weight(self):
-        """W' (m, n), differentiable, in float32 or wider."""
-        with torch.autocast(self.base.weight.device.type, enabled=False):
-            W0 = self.base.weight.to(torch.promote_types(self.base.weight.dtype, torch.float32))
-            thin = self.thin(W0)
-            if thin is None:
-                return self.dense(W0)
-            d, up, down = thin
-            return (W0 if d is None else d[:, None] * W0) + up.to(W0.dtype) @ down.to(W0.dtype)
+        """W' (m, n) in float32 or wider, differentiable."""
+        W0 = self.base.weight
+        with torch.autocast(W0.device.type, enabled=False):
+            return matrix(self.equation(W0.to(wide_dtype(W0))))
 
     def forward(self, x):
-        """x (…, n) -> y = x W'ᵀ + b (…, m) in base(x)'s dtype."""
+        """x (…, n) -> y = x W'ᵀ + b (…, m), in the dtype of base(x)."""
         W0, b = self.base.weight, self.base.bias
         refuse(x.device != W0.device, f"x is on {x.device}, the base on {W0.device}")
-        with torch.autocast(W0.device.type, enabled=False):
-            thin = self.thin(W0)
-        if thin is None:
-            return nn.functional.linear(x, self.adapted_weight().to(W0.dtype), b)
-        d, up, down = thin
-        y0 = self.base(x)  # x W0ᵀ + b (…, m)
-        h = x @ down.T.to(x.dtype)  # (…, k)
-        if d is None:
-            return y0 + h @ up.T.to(h.dtype)
-        if b is not None:  # y0 has b in it, and d b + (1 − d) b = b
-            b = ((1 - d) * b).to(h.dtype)
-        update = nn.functional.linear(h, up.to(h.dtype), b)  # (…, m)
-        return (d * y0 + update).to(y0.dtype)  # in bfloat16 a d of 1.003 would be 1
+        with torch.autocast(W0.device.type, enabled=False):  # it would round the parts of W'
+            W = self.equation(W0)
+        if W.M is not W0 or W.up is None:  # a matrix of the method's own
+            return nn.functional.linear(x, matrix(W).to(W0.dtype), b)
+        y0 = self.base(x)  # x W0ᵀ + b (…, m): rounded once, with base's hooks
+        h = x @ W.down.T.to(x.dtype)  # (…, k)
+        if W.d is None:
+            return y0 + h @ W.up.T.to(h.dtype)
+        if b is not None:  # d ∘ y0 has d ∘ b: here is the rest
+            b = ((1 - W.d) * b).to(h.dtype)
+        update = nn.functional.linear(h, W.up.to(h.dtype), b)  # (…, m)
+        return (W.d * y0 + update).to(y0.dtype)  # d is not cast: in bfloat16 1.003 is 1
 
     @torch.no_grad()
     def merge(self, name="base"):
-        """A new frozen nn.Linear: W' rounded to base's dtype. ValueError if it is not finite."""
+        """A new frozen nn.Linear: W' in base's dtype, a copy of b, and base's own hooks."""
         check_base(self.base, name)
-        merged = copy.deepcopy(self.base).requires_grad_(False)
-        merged.weight.copy_(self.adapted_weight())
-        refuse(not merged.weight.isfinite().all(), f"{name}: W' is not finite")
-        return merged
+        W, b = self.adapted_weight().to(self.base.weight.dtype).contiguous(), self.base.bias
+        refuse(not W.isfinite().all(), f"{name}: W' is not finite in {W.dtype}")
+        merged = nn.Linear(*W.T.shape, bias=False, device="meta").train(self.base.training)
+        merged.weight = nn.Parameter(W)
+        merged.bias = None if b is None else nn.Parameter(b.clone())
+        for table in [k for k in vars(merged) if "hook" in k]:
+            vars(merged)[table] = copy.copy(vars(self.base)[table])
+        return merged.requires_grad_(False)
 
-    # For code that bypasses forward, as nn.TransformerEncoder does in eval mode.
+    # nn.TransformerEncoder in eval mode without grad reads these, and skips forward.
     weight = property(lambda self: self.adapted_weight().to(self.base.weight.dtype))
     bias = property(lambda self: self.base.bias)
 
     def extra_repr(self):
-        shown = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
-        return ", ".join(f"{k}={v}" for k, v in shown.items())
-
+        return ", ".join(f"{k}={getattr(self, k)}" for k in self.options)
 
 class LoRALinear(Adapter):
-    """LoRA: W' = W0 + sBA.
+    """LoRA: W' = W0 + sBA. Source: arXiv 2106.09685."""
 
-    A starts uniform in ±1/√n, as in loralib and PEFT, B at 0. Source: LoRA (arXiv 2106.09685).
-    """
-
-    def dense(self, W0):
-        return W0 + self.sB @ self.A
-
-    def thin(self, W0):
-        return None, self.sB, self.A
-
+    def equation(self, W0):
+        return Weight(W0, None, self.scaling * self.B, self.A)
 
 class PreDiagLinear(Adapter):
-    """Pre-Diag: W' = diag(d) W0 + sBA.
-
-    diag starts at 1. Source: the paper's abstract and framework figure.
-    """
+    """Pre-Diag: W' = diag(d) W0 + sBA. diag starts at 1."""
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
         self.diag = nn.Parameter(self.B.new_ones(self.out_features))
 
-    def dense(self, W0):
-        return self.diag[:, None] * W0 + self.sB @ self.A
+    def equation(self, W0):
+        return Weight(W0, self.diag, self.scaling * self.B, self.A)
 
-    def thin(self, W0):
-        return self.diag, self.sB, self.A
-
+def scale(c, W):
+    """diag(c) W for c (m,): diag(c ∘ d) M + (c ∘ up) down."""
+    d = c if W.d is None else c * W.d
+    up = None if W.up is None else c[:, None] * W.up
+    return Weight(W.M, d, up, W.down)
 
 def row_norm(W):
-    """‖W‖row (m,), in float32 or wider. The DoRA paper says columns: it stores Wᵀ."""
-    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
+    """‖W‖row (m,), the length of each row, in float32 or wider.
 
+    The DoRA paper says columns, since its W is (in, out).
+    """
+    norm = torch.linalg.vector_norm(W.M, dim=1, dtype=wide_dtype(W.M))
+    if W.d is not None:
+        norm = W.d.abs() * norm
+    if W.up is None:
+        return norm
+    # ‖w + u‖² = ‖w‖² + 2⟨w, u⟩ + ‖u‖² for rows w of diag(d) M and u of up down
+    up, down = W.up.to(norm.dtype), W.down.to(norm.dtype)
+    w2 = norm.square()
+    wu = (up * (W.M @ down.T.to(W.M.dtype))).sum(dim=1)  # M downᵀ (m, k)
+    if W.d is not None:
+        wu = W.d * wu
+    u2 = (up * (up @ (down @ down.T))).sum(dim=1)
+    # Where w + u is short this cancels: near ε ‖w‖² (ε of M's dtype) it is mostly rounding error.
+    # So ε ‖w‖² is its floor, a constant in the backward, since √ has no derivative at 0.
+    sum2, floor = w2 + 2 * wu + u2, torch.finfo(W.M.dtype).eps * w2.detach()
+    return torch.where(sum2 <= floor, floor, sum2).sqrt()
 
 class DoRALinear(Adapter):
-    """DoRA as first written: W' = diag(c) W with W = W0 + sBA and c = magnitude / ‖W‖row.
+    """DoRA as first written: W' = diag(c) (W0 + sBA), c = magnitude / ‖W0 + sBA‖row.
 
-    magnitude starts at ‖W0‖row. A row of zeros in W stays zero.
-    detach_norm: the norm is a constant in the backward. If a row of W' has the gradient g, the
-    row w of W gets c g; without detach_norm it gets c (g − ⟨g, ŵ⟩ ŵ) with ŵ = w / ‖w‖.
-    W' is rounded to base's dtype before it meets x; the matrix form keeps c in float32.
-    Source: DoRA (arXiv 2402.09353), section 4.3 for detach_norm.
+    W0 + sBA is formed. magnitude (m,) starts at ‖W0‖row. A row of zeros in W0 stays zero.
+    detach_norm: the norm is a constant in the backward. Source: arXiv 2402.09353, section 4.3.
     """
+    options = "r", "lora_alpha", "detach_norm"
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
         super().__init__(base, r, lora_alpha)
         self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(row_norm(base.weight))
+        # The same row_norm will divide it, so c starts at 1.
+        self.magnitude = nn.Parameter(row_norm(self.unscaled(base.weight)))
 
-    def row_scale(self, norm2):
-        """c (m,) from the squared norms, 0 where they are 0."""
-        norm = norm2.masked_fill(norm2 == 0, torch.inf).sqrt()
-        return self.magnitude / (norm.detach() if self.detach_norm else norm)
+    def unscaled(self, W0):
+        return Weight(matrix(Weight(W0, None, self.scaling * self.B, self.A)))
 
-    def dense(self, W0):
-        W = W0 + self.sB @ self.A
-        return self.row_scale(row_norm(W).square())[:, None] * W
-
+    def equation(self, W0):
+        W = self.unscaled(W0)
+        norm = row_norm(W).detach() if self.detach_norm else row_norm(W)
+        norm = norm.masked_fill(norm == 0, torch.inf)  # c = 0 for a row of zeros, not 0/0
+        return scale(self.magnitude / norm, W)
 
 class DoRAMatrixLinear(DoRALinear):
-    """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA, where W0 + sBA is never formed.
+    """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA. W0 + sBA is not formed.
 
-    Values and gradients are DoRALinear's. The squared norm is a sum, which cancels where a row of
-    W0 + sBA is near 0. Below ε ‖W0‖²row no digit is right, so that is its minimum (ε: W0's dtype).
-    Source: the paper's abstract; the norm is ours, and that of arXiv 2603.22276.
+    DoRALinear to rounding, unless a row shrinks: at δ times its length in W0, c is off by the order
+    of ε/δ² (bfloat16: 0.6 % at 1/2, 16 % at 1/10), and a row that vanishes is not 0. ε is that of
+    W0's dtype, in a merge float32's.
     """
 
-    def thin(self, W0):
-        A, sB = self.A, self.sB
-        if self.detach_norm:  # in row_scale alone, the backward would keep 7 tensors more
-            A, sB = A.detach(), sB.detach()
-        # ‖w + u‖² = ‖w‖² + 2⟨w, u⟩ + ‖u‖² for each row w of W0 and u of sBA
-        w2 = row_norm(W0).square()
-        wu = (sB * (W0 @ A.T.to(W0.dtype))).sum(dim=1)
-        u2 = (sB * (sB @ (A @ A.T))).sum(dim=1)
-        c = self.row_scale(torch.maximum(w2 + 2 * wu + u2, torch.finfo(W0.dtype).eps * w2))
-        return c, c[:, None] * self.sB, self.A
+    def unscaled(self, W0):
+        return Weight(W0, None, self.scaling * self.B, self.A)
 
+ROTATIONS = "exp", "cayley", "first_order"
 
 def rotation_factors(C, D, rotation="exp"):
-    """L, V (m, 2 r_p) of R = I + LVᵀ, for C, D (m, r_p) and P = s_P (DCᵀ − CDᵀ).
+    """Thin L, V (m, 2 r_p) of R = I + LVᵀ, from C, D (m, r_p), in float64.
 
-        exp          R = e^P, a rotation, since (e^P)ᵀ = e^(Pᵀ) = e^(−P) = (e^P)⁻¹
-        cayley       R = (I − P/2)⁻¹ (I + P/2), another rotation
-        first_order  R = I + P, no rotation, since RᵀR = I + PᵀP
-    s_P = min(1, 1 / (‖C‖F + ‖D‖F + 1e-6)) keeps P linear, not quadratic, in long C and D.
-    L, V are float64, where exp errs by 1e-12 at ‖P‖₂ = 10 and by 1e-7 at 100, or float32 on mps.
-    ValueError for another name. Source: P is the authors' code, R our derivation.
+    P = s_P (DCᵀ − CDᵀ), as in the authors' code. s_P makes P grow linearly with long C, D.
+    "exp": R = e^P to ‖P‖₂⁵/(720·2⁴⁸), 5e-13 at ‖P‖₂ = 10. "cayley": R = (I + P/2) (I − P/2)⁻¹.
+    "first_order": R = I + P, no rotation: RᵀR = I + PᵀP. ValueError for another.
     """
     refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
-    dtype = torch.float32 if C.device.type == "mps" else torch.float64
-    C, D = C.to(dtype), D.to(dtype)
+    C, D = C.double(), D.double()
     s_P = (1 / (torch.linalg.norm(C) + torch.linalg.norm(D) + 1e-6)).clamp(max=1)
-    # E = D − Cτ has the same P for every diagonal τ: CτCᵀ is symmetric and drops out. This one
-    # removes D's part along C, which would cancel in P. At D = C it makes P exactly 0.
-    c2 = C.detach().square().sum(dim=0).clamp(min=torch.finfo(dtype).tiny)
-    E = D - C * ((C * D).detach().sum(dim=0) / c2)
-    # P = UVᵀ, so P² = U Z Vᵀ, P³ = U Z Z Vᵀ, … with the small Z = VᵀU. So each power series in P
-    # that begins with I is I + U K Vᵀ, and only the small K differs.
+    E = D - C  # gives the same P, since the two CCᵀ cancel, and exactly 0 at D = C
+    # P = UVᵀ, P² = U Z Vᵀ, P³ = U Z² Vᵀ, …, Z = VᵀU. So I + P g(P) = I + U g(Z) Vᵀ, any g.
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
+    if rotation == "first_order":
+        return U, V  # g = 1
+    # Else R = q(−P) q(P)⁻¹. Both q below have q(−z) = q(z) + z, so R = I + P q(P)⁻¹ and g = 1/q.
+    # P is skew, so q(P)ᵀ = q(−P) and RᵀR = q(−P)⁻¹ q(P) q(−P) q(P)⁻¹ = I: R is a rotation. q(Z) is
+    # invertible (P's eigenvalues are imaginary, q's roots are not): no check, no wait for a GPU.
     Z = V.T @ U  # (2 r_p, 2 r_p)
-    K = I = torch.eye(len(Z), dtype=dtype, device=Z.device)  # first_order
-    if rotation == "exp":
-        # K = I + Z/2! + Z²/3! + … makes U K Vᵀ = P + P²/2! + P³/3! + … = e^P − I. Begin at P/2¹²:
-        # near 0, e^z ≈ (denominator + z) / denominator, a Padé approximant, and so K, which is
-        # (e^z − 1) / z, is 1 / denominator. This R is orthogonal at any angle of P.
-        z = Z / 2**12
-        denominator = I - z / 2 + z @ z / 12
-        K = torch.linalg.inv_ex(denominator).inverse / 2**12  # inv syncs the GPU
-        for _ in range(12):  # (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ
-            K = K @ torch.addmm(I, Z, K, beta=2)
-    elif rotation == "cayley":
-        K = torch.linalg.inv_ex(I - Z / 2).inverse
-    return U @ K, V
+    I = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
+    if rotation == "cayley":  # q(z) = 1 − z/2
+        return U @ torch.linalg.inv_ex(I - Z / 2).inverse, V
+    # q(z) = 1 − z/2 + z²/12: q(−z)/q(z) is near e^z for small z (Padé). Take the R of P/2¹², so of
+    # Z/2¹² and V/2¹², and square it twelve times: (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ.
+    Z, two_I = Z / 2**12, 2 * I
+    K = torch.linalg.inv_ex(I - Z / 2 + Z @ Z / 12).inverse
+    for _ in range(12):
+        K = K @ torch.addmm(two_I, Z, K)
+    return U @ K / 2**12, V  # the 2¹² of V/2¹²
 
+def rotate(L, V, W):
+    """R W = W + L (VᵀW) for R = I + LVᵀ, with L, V (m, k) of any dtype."""
+    L, V = L.to(wide_dtype(W.M)), V.to(wide_dtype(W.M))
+    dV = V if W.d is None else W.d[:, None] * V
+    VW = dV.T.to(W.M.dtype) @ W.M  # VᵀW (k, n) is (d ∘ V)ᵀM + (Vᵀup) down
+    if W.up is None:
+        return Weight(W.M, W.d, L, VW)
+    VW = VW + (V.T @ W.up.to(V.dtype)) @ W.down.to(V.dtype)
+    return Weight(W.M, W.d, torch.cat([W.up, L], dim=1), torch.cat([W.down, VW]))
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
+    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions of outputs.
 
-    diag starts at 1, C uniform in ±1/√m, and D = C, so that P = 0 and R = I. C = D = 0 would have
-    no gradient, since P is linear in each. ValueError for r_p or rotation.
-    Source: the paper's figure; the start from the authors' code.
+    diag starts at 1, C uniform in ±1/√m, and D = C, so that P = 0 and R = I. At C = D = 0 neither
+    would have a gradient, since each multiplies the other. ValueError for a bad r_p or rotation.
     """
+    options = "r", "lora_alpha", "r_p", "rotation"
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
         refuse(r_p < 1, f"r_p must be at least 1, got {r_p}")
         refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
         super().__init__(base, r, lora_alpha)
         self.r_p, self.rotation, m = r_p, rotation, self.out_features
-        C = self.B.new_empty(m, r_p).uniform_(-(m**-0.5), m**-0.5)
         self.diag = nn.Parameter(self.B.new_ones(m))
+        C = self.B.new_empty(m, r_p).uniform_(-m**-0.5, m**-0.5)
         self.C, self.D = nn.Parameter(C), nn.Parameter(C.clone())
 
-    def rotation_matrix(self):
-        """R (m, m), in the dtype of C."""
+    def equation(self, W0):
+        L, V = rotation_factors(self.C, self.D, self.rotation)
+        return rotate(L, V, Weight(W0, self.diag, self.scaling * self.B, self.A))
+
+    def rotation_matrix(self):  # R (m, m)
         L, V = rotation_factors(self.C, self.D, self.rotation)
         return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.C.dtype)
 
-    def dense(self, W0):
-        return self.rotation_matrix() @ (self.diag[:, None] * W0 + self.sB @ self.A)
-
-    def thin(self, W0):  # R M = M + L (VᵀM) with M = diag(d) W0 + sBA: k = r + 2 r_p
-        L, V = rotation_factors(self.C, self.D, self.rotation)
-        L, V, sB = L.to(self.C.dtype), V.to(self.C.dtype), self.sB
-        VM = (self.diag[:, None] * V).T.to(W0.dtype) @ W0 + (V.T @ sB) @ self.A  # (2 r_p, n)
-        return self.diag, torch.cat([sB, L], dim=1), torch.cat([self.A, VM])
-
-
 METHODS = {"lora": LoRALinear, "pre_diag": PreDiagLinear, "dora": DoRALinear,
            "dora_matrix": DoRAMatrixLinear, "sora": SORALinear}
-ROTATIONS = "exp", "cayley", "first_order"
 
-
-# ---- using it on a model
+# ---- models
 
 def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS, whose class gets kwargs. target_modules: one name or several. Each
-    selects the modules whose dotted name is it or ends in "." + it, as in PEFT.
-    The first adapt freezes the whole model, a later one only what it wraps. ValueError for the
-    method, a name or an option, TypeError for what is no plain nn.Linear: nothing is changed.
+    method: a key of METHODS or a child of Adapter; kwargs: its options. As in PEFT, a name selects
+    each module whose dotted name is it or ends in "." + it. The first adapt freezes the model, a
+    later one only what it wraps. On a ValueError or TypeError nothing is changed.
     """
-    refuse(method not in METHODS, f"method {method!r} is not in {list(METHODS)}")
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    ends = tuple("." + target for target in targets)
-    named = [(f".{name}", m) for name, m in model.named_modules(remove_duplicate=False)]
-    unmatched = [end[1:] for end in ends if not any(name.endswith(end) for name, _ in named)]
-    refuse(unmatched or not ends, f"no module for {unmatched[:3]}")
-    chosen = {module: name[1:] for name, module in named if name.endswith(ends)}
-    taken = {m for layer in model.modules() if isinstance(layer, Adapter) for m in layer.modules()}
-    for module, name in chosen.items():
-        refuse(module in taken, f"{name} is adapted: merge, or adapt a deepcopy of the original")
-        check_base(module, name)
-    layers = {base: METHODS[method](base, **kwargs).train(base.training) for base in chosen}
-    if not taken:
-        model.requires_grad_(False)
-    return replace_modules(model, layers)
-
-
-def replace_modules(model, new):
-    """Put new[module] at every place of module; returns model, or new[model]."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and module in new:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new[module])
-    return new.get(model, model)
-
-
-def adapters(model):
-    """[(name, layer)] of all adapters; ValueError if there is none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, Adapter)]
-    refuse(not found, "the model has no adapters of this copy of minisora: adapt it first")
-    return found
-
-
-def merge_adapters(model):
-    """Replace each adapter by its merge(); returns model. What merge raises stops it half-way."""
-    layers = adapters(model)
-    while layers:
-        name, layer = layers.pop()  # frees each base before the next
-        model = replace_modules(model, {layer: layer.merge(name)})
+    cls = METHODS.get(method, method)
+    refuse(not isinstance(cls, type) or not issubclass(cls, Adapter),
+           f"method {method!r} is not in {list(METHODS)}, nor a child of Adapter")
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    names = names_of(model, nn.Module)
+    hits = {t: {mod for mod in names for name in names[mod]
+                if name == t or name.endswith("." + t)} for t in targets}
+    missed = [t for t in targets if not hits[t]]
+    ends = {names[mod][0].split(".")[-1] for mod in names if isinstance(mod, nn.Linear)}
+    refuse(missed or not targets, f"no module for {missed[:3]}: there are {sorted(ends)[:8]}")
+    chosen = [mod for mod in names if any(mod in hits[t] for t in targets)]
+    for mod in chosen:
+        check_base(mod, names[mod][0])
+    thawed = [p for p in model.parameters() if p.requires_grad]
+    try:
+        new = {mod: cls(mod, **kwargs).train(mod.training) for mod in chosen}
+        if not names_of(model, Adapter):
+            model.requires_grad_(False)
+        for mod in chosen:
+            for name in names[mod]:
+                model.set_submodule(name, new[mod])
+    except BaseException:
+        for p in thawed:
+            p.requires_grad_(True)
+        raise
     return model
 
+def names_of(model, cls):  # {module: its names, several if it is shared}
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, cls):
+            names.setdefault(module, []).append(name)
+    return names
 
-def trained_parameters(model):
-    """{name: parameter} of every adapter tensor, and all else with requires_grad."""
+def adapters(model):
+    """[(name, layer)] of all adapters; ValueError if none."""
+    found = [(names[0], layer) for layer, names in names_of(model, Adapter).items()]
+    refuse(not found, "no adapters of this minisora: adapt the model first")
+    return found
+
+def merge_adapters(model):
+    """Replace each adapter by its merge(); returns model. If a merge raises, the rest stay."""
+    layers, names = adapters(model), names_of(model, Adapter)
+    while layers:
+        name, layer = layers.pop()  # freed before the next is merged
+        merged = layer.merge(name)
+        for place in names.pop(layer):
+            model.set_submodule(place, merged)
+    return model
+
+def trained_parameters(model):  # adapter tensors, and all else with requires_grad
     own = {p for _, layer in adapters(model) for name, p in layer.named_parameters()
-           if name[:5] != "base."}
+           if not name.startswith("base.")}
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
     for name, p in trained.items():
         refuse(type(p) is not nn.Parameter, f"{name} is a sharded {type(p).__name__}: gather first")
     return trained
 
-
 def adapter_state_dict(model):
-    """{name: copy} of trained_parameters. The arguments of adapt are not in it."""
+    """{name: copy} of all that training changes. adapt's arguments are not in it."""
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
-
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy a state into a model adapted and unfrozen as the saved one was; returns model.
+    """Copy a state into a model adapted and unfrozen like the saved one; returns model.
 
-    ValueError for other names or shapes, or values not finite: nothing is copied.
+    On a ValueError nothing is copied.
     """
     own = trained_parameters(model)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    refuse(missing or extra, f"the state has {len(missing)} missing names {missing[:3]} "
-                             f"and {len(extra)} unexpected {extra[:3]}")
+    refuse(missing or extra, f"the state lacks {missing[:3]} and has {extra[:3]} more: adapt with "
+                             "the saved options, and unfreeze the same modules")
     for name, p in own.items():
-        refuse(state[name].shape != p.shape, f"{name} must be {p.shape}, got {state[name].shape}")
-        refuse(not state[name].to(p).isfinite().all(), f"{name} is not finite")
+        new = state[name].to(p)
+        refuse(new.shape != p.shape, f"{name} must be {p.shape}, got {new.shape}: adapt as saved")
+        refuse(not new.isfinite().all(), f"{name} is not finite")
     for name, p in own.items():
         p.copy_(state[name])
     return model
 
-
-# ---- checks, for what torch would accept in silence
+# ---- checks of what torch lets pass
 
 def refuse(wrong, message, error=ValueError):
     if wrong:
         raise error(message)
 
-
 def check_base(base, name="base"):
-    weight = getattr(base, "weight", None)
-    plain = (type(base) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta
-             and weight.is_floating_point() and weight.element_size() > 1)
-    refuse(not plain, f"{name} must be an nn.Linear with a Parameter of 16 to 64 bit floats, not "
-                      f"meta: it is {type(base).__name__}, {type(weight).__name__}", TypeError)
+    w = getattr(base, "weight", None)
+    other = type(base) is not nn.Linear or type(w) is not nn.Parameter
+    refuse(other, f"{name} must be an nn.Linear: it is {type(base)} of {type(w)}", TypeError)
+    unfit = not w.is_floating_point() or w.element_size() == 1 or w.numel() == 0 or w.is_meta
+    refuse(unfit, f"{name} is not 16 to 64 bit floats: {w.dtype}, {w.shape}, {w.device}", TypeError)
 
-
-# ---- the paper's diagnostics of delta = W' − W0 (…, m, n)
+# ---- diagnostics of delta = W' − W0 (…, m, n)
 
 def relative_singular_values(delta):
     """σ_i / σ_1, or 0 where delta is 0."""
-    S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
+    S = torch.linalg.svdvals(delta.to(wide_dtype(delta)))
     return S / S[..., :1].clamp(min=torch.finfo(S.dtype).tiny)
-
 
 def singular_value_entropy(delta):
     """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats. At most log r for LoRA, 0 for delta = 0.
 
-    Take W' from copy.deepcopy(layer).double(): rounding W' gives delta full rank.
-    Source: the paper's abstract; p as in Roy and Vetterli (2007).
+    Rounding adds rank: take W' from copy.deepcopy(layer).double(). But near DoRA's start take it
+    from the layer: a float32 magnitude / a float64 norm is not 1. p: Roy and Vetterli (2007).
     """
     S = relative_singular_values(delta)
     p = S / S.sum(dim=-1, keepdim=True).clamp(min=1)
     return -(p * p.masked_fill(p == 0, 1).log()).sum(dim=-1)  # 0 log 0 = 0, its gradient finite
-
 
 def stable_rank(delta):
     """‖delta‖²F / ‖delta‖₂² = Σ σ_i² / σ_1²: at most the rank, 0 for delta = 0."""
