@@ -8,7 +8,7 @@ trains a few parameters that turn W0 into W'. At first W' = W0.
     W0, W' (m, n)       m = out_features, n = in_features
     A (r, n), B (m, r)  trained factors of the rank-r update sBA, s = lora_alpha / r
     d (m,)              trained diagonal, the parameter `diag`
-    c (m,)              trained `magnitude` / the row lengths of W0 + sBA
+    c (m,)              trained `magnitude` over the row lengths of W0 + sBA
     C, D (m, r_p)       trained factors of a skew P (m, m), Pᵀ = −P; unrelated to c, d
     R (m, m)            the rotation e^P, kept as I + LVᵀ with thin L, V (m, 2 r_p)
 
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 class Weight(NamedTuple):
-    """The matrix diag(d) M + up down (m, n), kept as its parts. Only matrix() forms it."""
+    """diag(d) M + up @ down, an (m, n) matrix kept in parts. Only matrix() forms it."""
     M: torch.Tensor  # (m, n): W0, maybe half precision, or the method's own
     d: torch.Tensor = None  # (m,), None for 1
     up: torch.Tensor = None  # (m, k) with a small k, None for 0
@@ -50,8 +50,8 @@ def matrix(W):
 class Adapter(nn.Module):
     """A frozen nn.Linear `base` with trained A and B. A method is a child with equation(W0).
 
-    equation returns W' as a Weight. Its W0 (m, n) is as stored in forward, maybe in half precision,
-    and else float32 or wider. If M is not W0, or up is None, forward skips base and base's hooks.
+    equation returns W' as a Weight. W0 (m, n) is base.weight in forward, maybe half precision, and
+    elsewhere float32 or wider. If M is not W0, or up is None, forward skips base and its hooks.
     A starts uniform in ±1/√n, B at 0. TypeError for an unfit base, ValueError for r or lora_alpha.
     """
     options = "r", "lora_alpha"
@@ -80,13 +80,13 @@ class Adapter(nn.Module):
         refuse(x.device != W0.device, f"x is on {x.device}, the base on {W0.device}")
         with torch.autocast(W0.device.type, enabled=False):  # it would round the parts of W'
             W = self.equation(W0)
-        if W.M is not W0 or W.up is None:  # a matrix of the method's own
+        if W.M is not W0 or W.up is None:  # not base(x) plus an update
             return nn.functional.linear(x, matrix(W).to(W0.dtype), b)
         y0 = self.base(x)  # x W0ᵀ + b (…, m): rounded once, with base's hooks
         h = x @ W.down.T.to(x.dtype)  # (…, k)
         if W.d is None:
             return y0 + h @ W.up.T.to(h.dtype)
-        if b is not None:  # d ∘ y0 has d ∘ b: here is the rest
+        if b is not None:  # d ∘ y0 holds d ∘ b: add the rest
             b = ((1 - W.d) * b).to(h.dtype)
         update = nn.functional.linear(h, W.up.to(h.dtype), b)  # (…, m)
         return (W.d * y0 + update).to(y0.dtype)  # d is not cast: in bfloat16 1.003 is 1
@@ -134,7 +134,7 @@ def scale(c, W):
     return Weight(W.M, d, up, W.down)
 
 def row_norm(W):
-    """‖W‖row (m,), the length of each row, in float32 or wider.
+    """‖W‖row (m,), the length of each row, 0 for one of zeros, in float32 or wider.
 
     The DoRA paper says columns, since its W is (in, out).
     """
@@ -150,23 +150,23 @@ def row_norm(W):
     if W.d is not None:
         wu = W.d * wu
     u2 = (up * (up @ (down @ down.T))).sum(dim=1)
-    # Where w + u is short this cancels: near ε ‖w‖² (ε of M's dtype) it is mostly rounding error.
-    # So ε ‖w‖² is its floor, a constant in the backward, since √ has no derivative at 0.
+    # A short w + u cancels here: sum2 below ε ‖w‖² (ε of M's dtype) is mostly rounding error. So
+    # ε ‖w‖² is the floor, constant in the backward: at w = 0 it is √0, without a derivative.
     sum2, floor = w2 + 2 * wu + u2, torch.finfo(W.M.dtype).eps * w2.detach()
     return torch.where(sum2 <= floor, floor, sum2).sqrt()
 
 class DoRALinear(Adapter):
     """DoRA as first written: W' = diag(c) (W0 + sBA), c = magnitude / ‖W0 + sBA‖row.
 
-    W0 + sBA is formed. magnitude (m,) starts at ‖W0‖row. A row of zeros in W0 stays zero.
-    detach_norm: the norm is a constant in the backward. Source: arXiv 2402.09353, section 4.3.
+    W0 + sBA is formed. magnitude starts at ‖W0‖row. A row of zeros in W0 stays zero.
+    detach_norm (section 4.3): norm is constant in the backward. Source: arXiv 2402.09353.
     """
     options = "r", "lora_alpha", "detach_norm"
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
         super().__init__(base, r, lora_alpha)
         self.detach_norm = detach_norm
-        # The same row_norm will divide it, so c starts at 1.
+        # By the row_norm that equation divides by, so c starts at 1.
         self.magnitude = nn.Parameter(row_norm(self.unscaled(base.weight)))
 
     def unscaled(self, W0):
@@ -181,9 +181,9 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA. W0 + sBA is not formed.
 
-    DoRALinear to rounding, unless a row shrinks: at δ times its length in W0, c is off by the order
-    of ε/δ² (bfloat16: 0.6 % at 1/2, 16 % at 1/10), and a row that vanishes is not 0. ε is that of
-    W0's dtype, in a merge float32's.
+    Equals DoRALinear to rounding, except for a row shrunk to δ times its length in W0: its c errs
+    by about ε/δ² (bfloat16: some 0.6 % at δ = 1/2, 16 % at 1/10), ε of W0's dtype in forward, of
+    float32 in merge. A row that should vanish is not 0.
     """
 
     def unscaled(self, W0):
@@ -195,8 +195,8 @@ def rotation_factors(C, D, rotation="exp"):
     """Thin L, V (m, 2 r_p) of R = I + LVᵀ, from C, D (m, r_p), in float64.
 
     P = s_P (DCᵀ − CDᵀ), as in the authors' code. s_P makes P grow linearly with long C, D.
-    "exp": R = e^P to ‖P‖₂⁵/(720·2⁴⁸), 5e-13 at ‖P‖₂ = 10. "cayley": R = (I + P/2) (I − P/2)⁻¹.
-    "first_order": R = I + P, no rotation: RᵀR = I + PᵀP. ValueError for another.
+    "exp": R ≈ e^P, off by ‖P‖₂⁵/(720·2⁴⁸): 5e-13 at 10. "cayley": R = (I + P/2) (I − P/2)⁻¹.
+    "first_order": R = I + P, no rotation: RᵀR = I + PᵀP.
     """
     refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
     C, D = C.double(), D.double()
@@ -206,15 +206,15 @@ def rotation_factors(C, D, rotation="exp"):
     U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
     if rotation == "first_order":
         return U, V  # g = 1
-    # Else R = q(−P) q(P)⁻¹. Both q below have q(−z) = q(z) + z, so R = I + P q(P)⁻¹ and g = 1/q.
-    # P is skew, so q(P)ᵀ = q(−P) and RᵀR = q(−P)⁻¹ q(P) q(−P) q(P)⁻¹ = I: R is a rotation. q(Z) is
-    # invertible (P's eigenvalues are imaginary, q's roots are not): no check, no wait for a GPU.
+    # Else R = q(−P) q(P)⁻¹. Both q have q(−z) = q(z) + z, so R = I + P q(P)⁻¹ and g = 1/q.
+    # P is skew, so q(P)ᵀ = q(−P) and RᵀR = q(−P)⁻¹ q(P) q(−P) q(P)⁻¹ = I: R is a rotation. Z has
+    # P's eigenvalues or 0, imaginary; q's roots are not. So q(Z)⁻¹ exists: no check, no GPU wait.
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
     if rotation == "cayley":  # q(z) = 1 − z/2
         return U @ torch.linalg.inv_ex(I - Z / 2).inverse, V
-    # q(z) = 1 − z/2 + z²/12: q(−z)/q(z) is near e^z for small z (Padé). Take the R of P/2¹², so of
-    # Z/2¹² and V/2¹², and square it twelve times: (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ.
+    # q(z) = 1 − z/2 + z²/12: q(−z)/q(z) ≈ e^z for small z (Padé). So take P/2¹², and so V/2¹² and
+    # Z/2¹², K = q(Z)⁻¹, and square R twelve times: (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ.
     Z, two_I = Z / 2**12, 2 * I
     K = torch.linalg.inv_ex(I - Z / 2 + Z @ Z / 12).inverse
     for _ in range(12):
@@ -232,7 +232,7 @@ def rotate(L, V, W):
     return Weight(W.M, W.d, torch.cat([W.up, L], dim=1), torch.cat([W.down, VW]))
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions of outputs.
+    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
 
     diag starts at 1, C uniform in ±1/√m, and D = C, so that P = 0 and R = I. At C = D = 0 neither
     would have a gradient, since each multiplies the other. ValueError for a bad r_p or rotation.
@@ -264,9 +264,9 @@ METHODS = {"lora": LoRALinear, "pre_diag": PreDiagLinear, "dora": DoRALinear,
 def adapt(model, method, target_modules, **kwargs):
     """Wrap the nn.Linears that target_modules names, in place; returns model.
 
-    method: a key of METHODS or a child of Adapter; kwargs: its options. As in PEFT, a name selects
-    each module whose dotted name is it or ends in "." + it. The first adapt freezes the model, a
-    later one only what it wraps. On a ValueError or TypeError nothing is changed.
+    method: a key of METHODS or a child of Adapter; kwargs: its options. As in PEFT's lists, t
+    selects the modules whose dotted name is t or ends in "." + t. The first adapt freezes the
+    model, a later one only what it wraps. On a ValueError or TypeError nothing is changed.
     """
     cls = METHODS.get(method, method)
     refuse(not isinstance(cls, type) or not issubclass(cls, Adapter),
@@ -305,20 +305,20 @@ def names_of(model, cls):  # {module: its names, several if it is shared}
 def adapters(model):
     """[(name, layer)] of all adapters; ValueError if none."""
     found = [(names[0], layer) for layer, names in names_of(model, Adapter).items()]
-    refuse(not found, "no adapters of this minisora: adapt the model first")
+    refuse(not found, "no adapters of this minisora: adapt it first")
     return found
 
 def merge_adapters(model):
-    """Replace each adapter by its merge(); returns model. If a merge raises, the rest stay."""
+    """Replace each adapter by its merge(); returns model. If one raises, it and the rest stay."""
     layers, names = adapters(model), names_of(model, Adapter)
     while layers:
-        name, layer = layers.pop()  # freed before the next is merged
+        name, layer = layers.pop()  # freed before the next merge
         merged = layer.merge(name)
         for place in names.pop(layer):
             model.set_submodule(place, merged)
     return model
 
-def trained_parameters(model):  # adapter tensors, and all else with requires_grad
+def trained_parameters(model):  # adapters', and all else with requires_grad
     own = {p for _, layer in adapters(model) for name, p in layer.named_parameters()
            if not name.startswith("base.")}
     trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
@@ -327,7 +327,7 @@ def trained_parameters(model):  # adapter tensors, and all else with requires_gr
     return trained
 
 def adapter_state_dict(model):
-    """{name: copy} of all that training changes. adapt's arguments are not in it."""
+    """{name: copy} of all that training changes, without adapt's arguments."""
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Adapt a tiny language model from prose to Python code, with every method of minisora.
+"""Adapt a tiny language model from prose to code, with every method of minisora.
 
     python train_tiny.py    a table in 2 to 5 minutes on 2 CPU cores
         --quick             the same with too few steps, in 25 seconds
         --seeds 5           the mean over five adaptations, ± its standard error
-        --reach             instead: which weights each method can reach at all
+        --reach             instead: which weights each method can reach
         --bench             instead: what one layer costs in time, memory and operations
 """
 import argparse
@@ -27,7 +27,7 @@ import minisora
 # Unless said r = 8, lora_alpha = 16, r_p = 4. Each rate was the best of 1e-3, 3e-3, 1e-2 and 3e-2.
 # Only lora_r13, sora_no_diag and sora_r3 took over theirs.
 ROWS = {  # name: (method of minisora, its arguments, learning rate)
-    "full": (None, {}, 3e-3),  # all parameters, and so the base is trained too
+    "full": (None, {}, 3e-3),  # all parameters, as in the base's own training
     "lora": ("lora", {}, 1e-2),
     "lora_r13": ("lora", {"r": 13, "lora_alpha": 26}, 1e-2),  # as many parameters as sora
     "dora": ("dora", {}, 1e-2),
@@ -128,7 +128,7 @@ def adapted(base, name, seed):
 
 def train(models, data, steps, seed):
     """Step all models in turn on the same batches, so that times compare. Returns {name: ms}."""
-    # Not AdamW: its decay would pull diag and magnitude to 0, away from where they start.
+    # Not AdamW: its decay would pull diag and magnitude to 0, away from their start.
     optimizers = {name: torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
                   for name, model in models.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -206,7 +206,7 @@ def experiment(methods, seeds=1, quick=False):
 # ---- table
 
 def mean(values, sign=""):
-    """The mean over the seeds ± its standard error."""
+    """Mean over seeds ± its standard error."""
     error = f"±{values.std(ddof=1) / len(values)**0.5:.4f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.4f}{error}" if np.isfinite(values).all() else ""
 
@@ -217,9 +217,9 @@ def table(results):
     for name, rows in results.items():
         keys = "ms", "bpb", "prose", "entropy", "defect"
         ms, bpb, prose, entropy, defect = np.array([[row[key] for key in keys] for row in rows]).T
+        rotation = f"{defect.max():8.0e}" if defect.any() else ""
         print(f"{name:16} {rows[0]['trainable']:7,} {ms.mean():4.1f} {mean(bpb) or 'diverged':>13} "
-              f"{mean(bpb - lora, '+'):>14} {prose.mean():5.3f} {entropy.mean():7.2f}",
-              f"{defect.max():7.0e}" if defect.any() else "")
+              f"{mean(bpb - lora, '+'):>14} {prose.mean():5.3f} {entropy.mean():7.2f}{rotation}")
     gap = np.nanmax([0] + [row["gap"] for rows in results.values() for row in rows])
     print(f"Merged and unmerged differ by at most {gap:.0e} bits per byte.")
 
@@ -270,14 +270,14 @@ def bench_layers(dim, device, dtype):
 
 def saved_bytes(layer, x):
     """Bytes that autograd keeps for the backward: each storage once, without x and parameters."""
-    kept = weakref.WeakSet()  # what dies inside the forward leaves it
+    kept = weakref.WeakSet()
 
     def pack(tensor):
         alias = tensor.detach()  # tensor itself might keep the graph that keeps it
         kept.add(alias)
         return alias
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        y = layer(x)
+        y = layer(x)  # keeps its graph, while what died inside the forward has left kept
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     for t in (x, *layer.parameters()):
         sizes.pop(t.untyped_storage().data_ptr(), None)
@@ -290,7 +290,7 @@ def flops(layer, x):
     return counter.get_total_flops()
 
 def bench():
-    """Time single layers in turn. saved: bytes kept for the backward, over those of x."""
+    """Time layers in turn. saved: bytes kept for the backward, over those of x."""
     wait = getattr(torch, DEVICE).synchronize
     for tokens, dim in BENCH_SIZES:
         layers = bench_layers(dim, DEVICE, torch.float32)
@@ -323,7 +323,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
-    if args.plot:  # what would fail after the work fails now, and a picture that exists stays
+    if args.plot:  # fails now rather than after the work, and a picture that exists stays
         import matplotlib
         open(args.plot, "ab").close()
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
