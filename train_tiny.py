@@ -1,7 +1,7 @@
 """Adapt a tiny language model from prose to code, with every method of minisora.
 
     python train_tiny.py    a table in 2 to 5 minutes on 2 CPU cores
-        --quick             the same with too few steps, in 25 seconds
+        --quick             only to see that it runs, in 25 seconds
         --seeds 5           the mean over five adaptations, ± its standard error
         --reach             instead: which weights each method can reach
         --bench             instead: what one layer costs in time, memory and operations
@@ -24,24 +24,24 @@ import minisora
 
 # ---- settings
 
-# Unless said r = 8, lora_alpha = 16, r_p = 4. Each rate was the best of 1e-3, 3e-3, 1e-2 and 3e-2.
-# Only lora_r13, sora_no_diag and sora_r3 took over theirs.
+# Defaults: r = 8, lora_alpha = 16, r_p = 4. Rates are the best of 1e-3, 3e-3, 1e-2 and 3e-2, but
+# lora_r13 has lora's, sora_no_diag and sora_r3 have sora's.
 ROWS = {  # name: (method of minisora, its arguments, learning rate)
     "full": (None, {}, 3e-3),  # all parameters, as in the base's own training
     "lora": ("lora", {}, 1e-2),
-    "lora_r13": ("lora", {"r": 13, "lora_alpha": 26}, 1e-2),  # as many parameters as sora
+    "lora_r13": ("lora", {"r": 13, "lora_alpha": 26}, 1e-2),  # about as large as sora
     "dora": ("dora", {}, 1e-2),
     "dora_matrix": ("dora_matrix", {}, 1e-2),
     "pre_diag": ("pre_diag", {}, 1e-2),
     "sora": ("sora", {}, 1e-2),  # the default run ends here
     "sora_cayley": ("sora", {"rotation": "cayley"}, 1e-2),
     "sora_first_order": ("sora", {"rotation": "first_order"}, 1e-2),
-    "sora_no_diag": ("sora", {}, 1e-2),  # the rotation alone, diag is kept at 1
-    "sora_r3": ("sora", {"r": 3, "lora_alpha": 6}, 1e-2),  # as many parameters as lora
+    "sora_no_diag": ("sora", {}, 1e-2),  # LoRA and the rotation, diag stays 1
+    "sora_r3": ("sora", {"r": 3, "lora_alpha": 6}, 1e-2),  # about as large as lora
 }
 LINEARS = ["qkv", "proj", "fc", "out"]  # what is adapted in each block
 DIM, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 2, 128, 8
-BASE_STEPS, STEPS = 1400, 300  # what a few minutes allow; more would still lower every score
+BASE_STEPS, STEPS = 1400, 300  # a few minutes; more would still lower bits/byte
 REACH_STEPS, BENCH_ROUNDS = 600, 25
 BENCH_SIZES = [(2048, 1024), (512, 2048)]  # (tokens, dim)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # not mps, which has no float64
@@ -101,7 +101,7 @@ class GPT(nn.Module):
     def write(self):
         """150 bytes after "def ", at temperature 0.7."""
         text = list(b"def ")
-        generator = torch.Generator().manual_seed(0)  # its own, so that no score depends on it
+        generator = torch.Generator().manual_seed(0)  # its own, so that scores stay the same
         for _ in range(150):
             logits = self(torch.tensor([text[-CONTEXT:]], device=DEVICE))[0, -1].cpu()
             p = F.softmax(logits / 0.7, dim=-1)
@@ -116,7 +116,7 @@ def adapted(base, name, seed):
         torch.manual_seed(seed)
         minisora.adapt(model, method, LINEARS, **arguments)
         for index, (_, layer) in enumerate(minisora.adapters(model)):
-            # A anew, the same for each method: SORA draws C between one layer's A and the next.
+            # Redraw A, or it would differ by method, as SORA draws C between two layers' A.
             generator = torch.Generator().manual_seed(1000 * seed + index)
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.A, -bound, bound, generator)
@@ -157,8 +157,8 @@ def train(models, data, steps, seed):
 @torch.no_grad()
 def measure(name, model, base, code, prose):
     """What a trained model is worth, and the shape of its updates W' − W0. NaN if it diverged."""
-    bpb, forgotten = model.score(code), model.score(prose)
-    if not np.isfinite(bpb + forgotten):
+    bpb, prose_bpb = model.score(code), model.score(prose)
+    if not np.isfinite(bpb + prose_bpb):
         return dict.fromkeys(["bpb", "prose", "gap", "entropy", "spectrum", "defect"], np.nan)
     merged = model if name == "full" else minisora.merge_adapters(copy.deepcopy(model))
     wide = copy.deepcopy(model).cpu().double()  # rounding to float32 would add rank
@@ -167,7 +167,7 @@ def measure(name, model, base, code, prose):
     rotations = [layer.rotation_matrix() for layer in wide.modules()
                  if isinstance(layer, minisora.SORALinear)]
     defects = [torch.linalg.norm(R.T @ R - torch.eye(len(R)), 2).item() for R in rotations]
-    return {"bpb": bpb, "prose": forgotten, "gap": abs(merged.score(code) - bpb),
+    return {"bpb": bpb, "prose": prose_bpb, "gap": abs(merged.score(code) - bpb),
             "entropy": np.mean([minisora.singular_value_entropy(delta) for delta in updates]),
             "spectrum": sum(map(minisora.relative_singular_values, updates)) / len(updates),
             "defect": max(defects, default=0.0)}
@@ -199,7 +199,7 @@ def experiment(methods, seeds=1, quick=False):
             results[name].append({**row, "ms": ms[name]})
         print(f"\nAfter {seed + 1} of {seeds} seeds:")
         table(results)
-    if np.isfinite(results[name][-1]["bpb"]):
+    if np.isfinite(row["bpb"]):  # of the last method and seed
         print(f"\nAdapted by {name}, it writes:\n{model.write()}")
     return results
 
@@ -211,13 +211,13 @@ def mean(values, sign=""):
     return f"{values.mean():{sign}.4f}{error}" if np.isfinite(values).all() else ""
 
 def table(results):
-    """bits/byte is on code, prose is what was not forgotten. "− lora" is paired, seed by seed."""
+    """bits/byte is on code; prose on prose, up by what was forgotten. − lora: seed by seed."""
     print("method           trained   ms     bits/byte         − lora prose entropy ‖RᵀR−I‖")
     lora = [row["bpb"] for row in results["lora"]] if "lora" in results else np.nan
     for name, rows in results.items():
         keys = "ms", "bpb", "prose", "entropy", "defect"
         ms, bpb, prose, entropy, defect = np.array([[row[key] for key in keys] for row in rows]).T
-        rotation = f"{defect.max():8.0e}" if defect.any() else ""
+        rotation = f"{defect.max():8.0e}" if defect.max() > 0 else ""
         print(f"{name:16} {rows[0]['trainable']:7,} {ms.mean():4.1f} {mean(bpb) or 'diverged':>13} "
               f"{mean(bpb - lora, '+'):>14} {prose.mean():5.3f} {entropy.mean():7.2f}{rotation}")
     gap = np.nanmax([0] + [row["gap"] for rows in results.values() for row in rows])
@@ -226,7 +226,7 @@ def table(results):
 def draw(file, results):
     from matplotlib.figure import Figure
     axes = Figure(layout="constrained").subplots()
-    axes.set(xlabel="i", ylabel="σᵢ / σ₁ of W' − W0", yscale="log", ylim=(1e-4, 1.2))
+    axes.set(xlabel="i − 1", ylabel="σᵢ / σ₁ of W' − W0", yscale="log", ylim=(1e-4, 1.2))
     for name, rows in results.items():  # dora_matrix lies on dora
         axes.plot(rows[-1]["spectrum"], "--" if name == "dora_matrix" else "-", label=name)
     axes.legend()
@@ -273,11 +273,11 @@ def saved_bytes(layer, x):
     kept = weakref.WeakSet()
 
     def pack(tensor):
-        alias = tensor.detach()  # tensor itself might keep the graph that keeps it
+        alias = tensor.detach()  # returning tensor itself could make a cycle
         kept.add(alias)
         return alias
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        y = layer(x)  # keeps its graph, while what died inside the forward has left kept
+        y = layer(x)  # holds the graph; what the forward freed is no longer in kept
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     for t in (x, *layer.parameters()):
         sizes.pop(t.untyped_storage().data_ptr(), None)
@@ -323,13 +323,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
-    if args.plot:  # fails now rather than after the work, and a picture that exists stays
-        import matplotlib
-        open(args.plot, "ab").close()
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
           f"{torch.get_num_threads()} CPU threads")
     if args.reach or args.bench:
         return reach() if args.reach else bench()
+    if args.plot:  # fail now, not after the work; "ab" keeps an older picture
+        import matplotlib
+        open(args.plot, "ab").close()
     results = experiment(args.methods, args.seeds, args.quick)
     if args.plot:
         draw(args.plot, results)
