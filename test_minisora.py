@@ -175,6 +175,7 @@ def test_the_layer_is_its_equation(kind, made, dtype, case, shape):
     W, W_size = EQUATIONS[kind](t), size(kind, t)
     close(layer.adapted_weight(), W, W_size, wide(dtype), k, None if made is dtype else dtype)
     close(layer.merge().weight, W, W_size, dtype, k)
+    assert repr(layer.merge()) == repr(layer.base)
     if "sora" in kind:
         close(layer.rotation_matrix(), rotation(skew(t["C"], t["D"]), kind), 99, layer.C.dtype, 1)
     b, d = t.get("base.bias", np.zeros(len(W))), layer.equation(layer.base.weight).d
@@ -224,7 +225,7 @@ def test_half_precision_rounds_only_what_meets_W0(kind, case):
     close(W.down, exact.down, abs(array(exact.down)).max() + 9, f32, 4, bf16)
 
 def test_a_diagonal_step_and_the_bias_are_not_rounded_away():
-    """Where the update or b cancels x W0ᵀ, (d − 1) x W0ᵀ or (1 − d) b is left; d rounds to 1."""
+    """Where the update or b cancels x W0ᵀ, for a d that rounds to 1."""
     layer = make("pre_diag", bf16, n=5, r=5)
     W0, b, x = layer.base.weight.float(), layer.bias, torch.eye(5).to(layer.bias)
     layer.A.data, layer.B.data, layer.base.bias = torch.eye(5).to(W0), -W0, None
@@ -236,7 +237,7 @@ def test_a_diagonal_step_and_the_bias_are_not_rounded_away():
 @every_kind
 @each("x_dtype", [f32, bf16])
 def test_autocast_rounds_x_and_what_meets_x_and_nothing_else(kind, x_dtype):
-    """y has the dtype of base(x); W' and that of the parts are bit for bit the same."""
+    """y has the dtype of base(x); W' is bit for bit the same."""
     layer = make(kind, f32)
     x, W, parts, found = inputs(layer, 3).to(x_dtype), layer.adapted_weight(), [], layer.equation
     layer.equation = lambda W0: parts.append(found(W0)) or parts[-1]
@@ -480,7 +481,7 @@ def test_adapt_freezes_the_model_and_wraps_what_the_names_match(method):
     assert own == trained(net) == set(adapter_state_dict(net)) and not net[0].training
     options = {"d": ", detach_norm=True", "s": ", r_p=4, rotation=exp"}.get(method[0], "")
     layer = METHODS[method](nn.Linear(2, 2))
-    layer.old_forward = layer.forward  # as tools do
+    layer.old_forward = layer.forward  # by tools
     assert f"(\n  r=8, lora_alpha=16{options}\n" in repr(layer)
 
 @each("targets", ["out", "again", ["out", "again"]])
