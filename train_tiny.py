@@ -228,7 +228,7 @@ def draw(file, results):
     axes = Figure(layout="constrained").subplots()
     axes.set(xlabel="i − 1", ylabel="σᵢ / σ₁ of W' − W0", yscale="log", ylim=(1e-4, 1.2))
     for name, rows in results.items():  # dora_matrix lies on dora
-        axes.plot(rows[-1]["spectrum"], "--" if name == "dora_matrix" else "-", label=name)
+        axes.plot(rows[-1]["spectrum"], "k--" if name == "dora_matrix" else "-", label=name)
     axes.legend()
     axes.figure.savefig(file, format="svg")
 
