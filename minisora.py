@@ -1,383 +1,420 @@
 # SPDX-License-Identifier: MIT
-"""minisora: weight conditioning for fine-tuning, in one file.
+"""minisora: LoRA, Pre-Diag, DoRA and SORA in one file.
 
 After *Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT*
-(arXiv 2511.00051, AAAI 2026). A linear layer is y = x W0ᵀ + b. Fine-tuning freezes W0 and b, and
-trains a few parameters that turn W0 into W'. At first W' = W0.
+(arXiv 2511.00051, AAAI 2026), and its authors' code (github.com/MaeChd/SORA).
 
-    W0, W' (m, n)       m = out_features, n = in_features
-    A (r, n), B (m, r)  trained factors of the rank-r update sBA, s = lora_alpha / r
-    d (m,)              trained diagonal, the parameter `diag`
-    c (m,)              trained `magnitude` over the row lengths of W0 + sBA
-    C, D (m, r_p)       trained factors of a skew P (m, m), Pᵀ = −P; unrelated to c, d
-    R (m, m)            the rotation e^P, kept as I + LVᵀ with thin L, V (m, 2 r_p)
+A linear layer computes y = W0 x + b. To fine-tune it cheaply, we freeze W0 and b and train a few
+new parameters, which turn W0 into W'. Training starts at W' = W0.
 
-A conditioning matrix multiplies W0 alone (before the update), or the sum (after it):
+LoRA adds a low-rank update sBA to W0. The other methods also multiply by conditioning matrices.
+Before the update is added, they act on W0 alone; after that, on the sum:
 
-              before   after    W'                     in code
-    LoRA      –        –        W0 + sBA               Weight(W0, None, sB, A)
-    Pre-Diag  diag(d)  –        diag(d) W0 + sBA       Weight(W0, d, sB, A)
-    DoRA      –        diag(c)  diag(c) (W0 + sBA)     scale(c, Weight(W0, None, sB, A))
-    SORA      diag(d)  R        R (diag(d) W0 + sBA)   rotate(L, V, Weight(W0, d, sB, A))
+            before   after    W'                    W'x                 trained parameters
+  LoRA      –        –        W0 + sBA              W0x + sBAx          r (m + n)
+  Pre-Diag  diag(d)  –        diag(d) W0 + sBA      d * W0x + sBAx      r (m + n) + m
+  DoRA      –        diag(c)  diag(c) (W0 + sBA)    c * (W0x + sBAx)    r (m + n) + m
+  SORA      diag(d)  R        R (diag(d) W0 + sBA)  R (d * W0x + sBAx)  r (m + n) + m + 2 m r_p
+
+  W0, W' (m, n)       m = out_features, n = in_features
+  A (r, n), B (m, r)  the factors of the update; r is its rank, and s = lora_alpha / r
+  d (m,)              the parameter `diag`
+  c (m,)              the parameter `magnitude` over the row lengths of W0 + sBA
+  R (m, m)            a rotation e^P, where P (m, m) is skew and made of C, D (m, r_p)
+
+Each of these matrices multiplies from the left. So a layer can apply it to the vectors W0x and
+sBAx, as in the column W'x, and need not form W'.
+
+To copy a method out, take the imports, check_base, its class and its parent classes. SORA also
+needs what stands under "the rotation of SORA".
 """
-import copy
 import math
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-class Weight(NamedTuple):
-    """diag(d) M + up @ down, an (m, n) matrix kept in parts. Only matrix() forms it."""
-    M: torch.Tensor  # (m, n): W0, maybe half precision, or the method's own
-    d: torch.Tensor = None  # (m,), None for 1
-    up: torch.Tensor = None  # (m, k) with a small k, None for 0
-    down: torch.Tensor = None  # (k, n)
-
-def wide_dtype(tensor):  # at least float32
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-def matrix(W):
-    """W formed (m, n), in float32 or wider."""
-    M = W.M.to(wide_dtype(W.M))
-    if W.d is not None:
-        M = W.d[:, None] * M
-    if W.up is not None:
-        with torch.autocast(M.device.type, enabled=False):
-            M = M + W.up.to(M.dtype) @ W.down.to(M.dtype)
-    return M.clone() if M is W.M else M  # a change in place must not reach W0
 
 class Adapter(nn.Module):
-    """A frozen nn.Linear `base` with trained A and B. A method is a child with equation(W0).
+    """A frozen plain nn.Linear, base, and the trained factors A, B of its update sBA.
 
-    equation returns W' as a Weight. W0 (m, n) is base.weight in forward, maybe half precision, and
-    elsewhere float32 or wider. If M is not W0, or up is None, forward skips base and its hooks.
-    A starts uniform in ±1/√n, B at 0. TypeError for an unfit base, ValueError for r or lora_alpha.
+    A method is a child class whose equation(W0x, sBAx) returns W'x. Arguments and result are
+    (…, m), a row for each input x. So R z is written z @ R.T.
+    The equation also gives W'. If the inputs are the rows of I, then W0x is W0ᵀ, sBAx is (sBA)ᵀ,
+    and the result is W'ᵀ. For this it must be linear in W0x and sBAx together, without a constant,
+    and not random: dropout on x belongs into update.
+    Raises TypeError if base is not plain, ValueError if r < 1 or lora_alpha is 0, ∞ or NaN.
     """
-    options = "r", "lora_alpha"
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__()
         check_base(base)
-        refuse(r < 1, f"r must be at least 1, got {r}")
-        refuse(lora_alpha == 0 or not math.isfinite(lora_alpha),
-               f"lora_alpha must be finite and not 0, got {lora_alpha}")
-        self.out_features, self.in_features = m, n = base.weight.shape
-        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
-        A = base.weight.new_empty(r, n, dtype=wide_dtype(base.weight)).uniform_(-n**-0.5, n**-0.5)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(A.new_zeros(m, r))
+        if r < 1:
+            raise ValueError(f"r must be at least 1, got {r}")
+        if lora_alpha == 0 or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha must be finite and not 0, got {lora_alpha}")
+        self.r, self.lora_alpha = r, lora_alpha
+        self.scaling = lora_alpha / r
+        m, n = base.weight.shape
+        self.out_features, self.in_features = m, n
+        # At least float32, for 16 bits would round small steps away.
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        A = base.weight.new_empty(r, n, dtype=dtype)
+        bound = n ** -0.5
+        self.A = nn.Parameter(A.uniform_(-bound, bound))
+        self.B = nn.Parameter(A.new_zeros(m, r))  # sBA starts at 0
         self.base = base.requires_grad_(False)
 
-    def adapted_weight(self):
-        """W' (m, n) in float32 or wider, differentiable."""
-        W0 = self.base.weight
-        with torch.autocast(W0.device.type, enabled=False):
-            return matrix(self.equation(W0.to(wide_dtype(W0))))
+    def equation(self, W0x, sBAx):
+        raise NotImplementedError(f"{type(self).__name__} has no equation")
 
     def forward(self, x):
-        """x (…, n) -> y = x W'ᵀ + b (…, m), in the dtype of base(x)."""
-        W0, b = self.base.weight, self.base.bias
-        refuse(x.device != W0.device, f"x is on {x.device}, the base on {W0.device}")
-        with torch.autocast(W0.device.type, enabled=False):  # it would round the parts of W'
-            W = self.equation(W0)
-        if W.M is not W0 or W.up is None:  # not base(x) plus an update
-            return nn.functional.linear(x, matrix(W).to(W0.dtype), b)
-        y0 = self.base(x)  # x W0ᵀ + b (…, m): rounded once, with base's hooks
-        h = x @ W.down.T.to(x.dtype)  # (…, k)
-        if W.d is None:
-            return y0 + h @ W.up.T.to(h.dtype)
-        if b is not None:  # d ∘ y0 holds d ∘ b: add the rest
-            b = ((1 - W.d) * b).to(h.dtype)
-        update = nn.functional.linear(h, W.up.to(h.dtype), b)  # (…, m)
-        return (W.d * y0 + update).to(y0.dtype)  # d is not cast: in bfloat16 1.003 is 1
+        """x (…, n) -> y = W'x + b (…, m), in the dtype of base(x)."""
+        y0 = self.base(x)  # W0x + b (…, m); this runs the hooks of base
+        b = 0 if self.base.bias is None else self.base.bias
+        with torch.autocast(x.device.type, enabled=False):  # it would use 16 bits
+            W0x = y0.to(self.B.dtype) - b  # no method acts on b: it is added below
+            y = self.equation(W0x, self.update(x)) + b
+        return y.to(y0.dtype)
+
+    def update(self, x):  # sBAx (…, m)
+        Ax = F.linear(x, self.A.to(x.dtype))  # (…, r)
+        return F.linear(Ax.to(self.B.dtype), self.scaling * self.B)
+
+    def adapted_weight(self):
+        """W' (m, n), in the dtype of B, differentiable."""
+        with torch.autocast(self.B.device.type, enabled=False):
+            W0 = self.base.weight.to(self.B.dtype, copy=True)  # (m, n), in case an equation writes
+            sBA = self.scaling * self.B @ self.A  # (m, n)
+            return self.equation(W0.T, sBA.T).T  # at the rows of I
 
     @torch.no_grad()
     def merge(self, name="base"):
-        """A new frozen nn.Linear: W' in base's dtype, a copy of b, and base's own hooks."""
-        check_base(self.base, name)
-        W, b = self.adapted_weight().to(self.base.weight.dtype).contiguous(), self.base.bias
-        refuse(not W.isfinite().all(), f"{name}: W' is not finite in {W.dtype}")
-        merged = nn.Linear(*W.T.shape, bias=False, device="meta").train(self.base.training)
-        merged.weight = nn.Parameter(W)
-        merged.bias = None if b is None else nn.Parameter(b.clone())
-        for table in [k for k in vars(merged) if "hook" in k]:
-            vars(merged)[table] = copy.copy(vars(self.base)[table])
-        return merged.requires_grad_(False)
+        """A new nn.Linear with W' in the dtype of W0. Its bias, hooks and mode are base's.
 
-    # nn.TransformerEncoder in eval mode without grad reads these, and skips forward.
-    weight = property(lambda self: self.adapted_weight().to(self.base.weight.dtype))
-    bias = property(lambda self: self.base.bias)
+        Raises ValueError, which names the layer, if W' overflows that dtype.
+        """
+        W = self.adapted_weight().to(self.base.weight.dtype).contiguous()
+        if not W.isfinite().all():
+            raise ValueError(f"{name}: W' is not finite in {W.dtype}")
+        # Fill an empty nn.Linear with what base has, then replace its weight.
+        merged = nn.Linear(1, 1, device="meta")
+        for key in vars(merged):  # no forward patched onto base: it uses W0
+            vars(merged)[key] = vars(self.base)[key]
+        merged._parameters = merged._parameters.copy()  # base keeps W0
+        merged.weight = nn.Parameter(W, requires_grad=False)
+        return merged
+
+    # In eval, nn.TransformerEncoder reads these two instead of calling the layer.
+    @property
+    def weight(self):
+        return self.adapted_weight().to(self.base.weight.dtype)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     def extra_repr(self):
-        return ", ".join(f"{k}={getattr(self, k)}" for k in self.options)
+        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
+
+def check_base(base, name="base"):
+    """Raise TypeError unless base is a plain nn.Linear with an ordinary weight."""
+    if type(base) is not nn.Linear:  # a child of it may compute something else
+        raise TypeError(f"{name} must be a plain nn.Linear, but is {type(base)}")
+    weight = base.weight
+    floats = torch.float64, torch.float32, torch.bfloat16, torch.float16
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.dtype not in floats:
+        raise TypeError(f"{name}.weight is no ordinary Parameter of 16 to 64 bit floats, but "
+                        f"{type(weight)} of {weight.dtype} on {weight.device}")
+
 
 class LoRALinear(Adapter):
-    """LoRA: W' = W0 + sBA. Source: arXiv 2106.09685."""
+    """LoRA (arXiv 2106.09685): W' = W0 + sBA."""
 
-    def equation(self, W0):
-        return Weight(W0, None, self.scaling * self.B, self.A)
+    def equation(self, W0x, sBAx):
+        return W0x + sBAx
+
 
 class PreDiagLinear(Adapter):
-    """Pre-Diag: W' = diag(d) W0 + sBA. diag starts at 1."""
+    """Pre-Diag (the paper's): W' = diag(d) W0 + sBA. d starts at 1."""
 
     def __init__(self, base, r=8, lora_alpha=16):
         super().__init__(base, r, lora_alpha)
         self.diag = nn.Parameter(self.B.new_ones(self.out_features))
 
-    def equation(self, W0):
-        return Weight(W0, self.diag, self.scaling * self.B, self.A)
+    def equation(self, W0x, sBAx):
+        return self.diag * W0x + sBAx
 
-def scale(c, W):
-    """diag(c) W for c (m,): diag(c ∘ d) M + (c ∘ up) down."""
-    d = c if W.d is None else c * W.d
-    up = None if W.up is None else c[:, None] * W.up
-    return Weight(W.M, d, up, W.down)
-
-def row_norm(W):
-    """‖W‖row (m,), the length of each row, 0 for one of zeros, in float32 or wider.
-
-    The DoRA paper says columns, since its W is (in, out).
-    """
-    norm = torch.linalg.vector_norm(W.M, dim=1, dtype=wide_dtype(W.M))
-    if W.d is not None:
-        norm = W.d.abs() * norm
-    if W.up is None:
-        return norm
-    # ‖w + u‖² = ‖w‖² + 2⟨w, u⟩ + ‖u‖² for rows w of diag(d) M and u of up down
-    up, down = W.up.to(norm.dtype), W.down.to(norm.dtype)
-    w2 = norm.square()
-    wu = (up * (W.M @ down.T.to(W.M.dtype))).sum(dim=1)  # M downᵀ (m, k)
-    if W.d is not None:
-        wu = W.d * wu
-    u2 = (up * (up @ (down @ down.T))).sum(dim=1)
-    # A short w + u cancels here: sum2 below ε ‖w‖² (ε of M's dtype) is mostly rounding error. So
-    # ε ‖w‖² is the floor, constant in the backward: at w = 0 it is √0, without a derivative.
-    sum2, floor = w2 + 2 * wu + u2, torch.finfo(W.M.dtype).eps * w2.detach()
-    return torch.where(sum2 <= floor, floor, sum2).sqrt()
 
 class DoRALinear(Adapter):
-    """DoRA as first written: W' = diag(c) (W0 + sBA), c = magnitude / ‖W0 + sBA‖row.
+    """DoRA (arXiv 2402.09353): W' = diag(c) (W0 + sBA), c = magnitude / row_norm.
 
-    W0 + sBA is formed. magnitude starts at ‖W0‖row. A row of zeros in W0 stays zero.
-    detach_norm (section 4.3): norm is constant in the backward. Source: arXiv 2402.09353.
+    magnitude sets the length of each row of W', and starts at those of W0. (The DoRA paper says
+    columns, since its W is (in, out).) As in that paper, each forward forms W0 + sBA. detach_norm
+    treats row_norm as a constant in the backward, to save memory (its section 4.3).
+    A row of zeros in W0 stays zero: its magnitude is 0, so its row of B gets no gradient.
     """
-    options = "r", "lora_alpha", "detach_norm"
 
     def __init__(self, base, r=8, lora_alpha=16, detach_norm=True):
         super().__init__(base, r, lora_alpha)
         self.detach_norm = detach_norm
-        # By the row_norm that equation divides by, so c starts at 1.
-        self.magnitude = nn.Parameter(row_norm(self.unscaled(base.weight)))
+        self.magnitude = nn.Parameter(self.row_norm().detach())  # the same call: c = 1 exactly
 
-    def unscaled(self, W0):
-        return Weight(matrix(Weight(W0, None, self.scaling * self.B, self.A)))
+    def row_norm(self):
+        """The lengths of the rows of W0 + sBA, (m,)."""
+        with torch.autocast(self.B.device.type, enabled=False):
+            W = self.base.weight + self.scaling * self.B @ self.A  # (m, n)
+        return torch.linalg.vector_norm(W, dim=1)
 
-    def equation(self, W0):
-        W = self.unscaled(W0)
-        norm = row_norm(W).detach() if self.detach_norm else row_norm(W)
-        norm = norm.masked_fill(norm == 0, torch.inf)  # c = 0 for a row of zeros, not 0/0
-        return scale(self.magnitude / norm, W)
+    def equation(self, W0x, sBAx):
+        norm = self.row_norm()
+        if self.detach_norm:
+            norm = norm.detach()
+        norm = norm.masked_fill(norm == 0, torch.inf)  # a row of zeros gets c = 0, not 0/0
+        c = self.magnitude / norm  # (m,)
+        return c * (W0x + sBAx)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, detach_norm={self.detach_norm}"
+
 
 class DoRAMatrixLinear(DoRALinear):
-    """DoRA in matrix form: W' = diag(c) W0 + s diag(c) BA. W0 + sBA is not formed.
+    """DoRA in matrix form: the same equation, but row_norm does not form W0 + sBA (m, n).
 
-    Equals DoRALinear to rounding, except for a row shrunk to δ times its length in W0: its c errs
-    by about ε/δ² (bfloat16: some 0.6 % at δ = 1/2, 16 % at 1/10), ε of W0's dtype in forward, of
-    float32 in merge. A row that should vanish is not 0.
+    Equals DoRALinear to rounding, unless W0 + sBA nearly cancels. ε is that of W0's dtype.
+    Where a row shrinks to a fraction δ of its length in W0, c is off by up to about ε/δ² in half
+    precision, by a few ε/δ² in float32, and by more if BA itself cancels.
     """
 
-    def unscaled(self, W0):
-        return Weight(W0, None, self.scaling * self.B, self.A)
+    def row_norm(self):
+        # For a row w of W0 and the row u of sBA: ‖w + u‖² = w·w + 2 w·u + u·u.
+        W0 = self.base.weight  # (m, n), maybe of 16 bits: too few for squares
+        dtype = torch.promote_types(W0.dtype, torch.float32)
+        A = self.A.to(dtype)  # (r, n)
+        sB = self.scaling * self.B.to(dtype)  # (m, r)
+        with torch.autocast(self.B.device.type, enabled=False):
+            W0At = W0 @ A.T.to(W0.dtype)  # (m, r); casting W0 would copy it
+            wu = (sB * W0At).sum(dim=1)  # the diagonal of W0 (sBA)ᵀ
+            uu = (sB * (sB @ (A @ A.T))).sum(dim=1)  # the diagonal of sBA (sBA)ᵀ
+        ww = torch.linalg.vector_norm(W0, dim=1, dtype=dtype).square()
+        squared = ww + 2 * wu + uu
+        # Below it, rounding dominates. (With clamp the gradient at w = 0 would be 0 · ∞.)
+        floor = torch.finfo(W0.dtype).eps * ww.detach()
+        return torch.where(squared <= floor, floor, squared).sqrt().to(self.B.dtype)
 
-ROTATIONS = "exp", "cayley", "first_order"
+
+# ---- the rotation of SORA
+#
+# P = s_P (DCᵀ − CDᵀ) is skew, Pᵀ = −P. So R = e^P is a rotation: Rᵀ = e^−P is its inverse.
+# P and R are (m, m), and a forward forms neither: P = UVᵀ with thin U, V (m, 2 r_p). Let Z = VᵀU
+# (2 r_p, 2 r_p). Then P² = U (VᵀU) Vᵀ = U Z Vᵀ, P³ = U Z² Vᵀ, and so on. Hence
+#
+#     e^P = I + P + P²/2 + P³/6 + … = I + U (I + Z/2 + Z²/6 + …) Vᵀ
+#
+# Call the series in brackets g(Z). Two other choices of g give other R = I + U g(Z) Vᵀ. Each
+# function below gets Z, and the I of its size.
+
+def g_exp(Z, I):
+    """g(Z) = I + Z/2 + Z²/6 + …, for R = e^P.
+
+    It is (e^Z − I) Z⁻¹, but Z need not have an inverse, and has none at the start. So it is read
+    off the exponential of a larger matrix, exp [[Z, I], [0, 0]] = [[e^Z, g(Z)], [0, I]].
+    """
+    block = F.pad(torch.cat([Z, I], dim=1), (0, 0, 0, len(Z)))  # zeros below
+    return torch.linalg.matrix_exp(block)[:len(Z), len(Z):]  # makes the CPU wait for a GPU
+
+
+def g_cayley(Z, I):
+    """g(Z) = (I − Z/2)⁻¹, for the rotation R = (I + P/2) (I − P/2)⁻¹, near e^P for small P."""
+    # The inverse exists: the eigenvalues of Z are 0 or those of P, which are imaginary, never 2.
+    return torch.linalg.inv_ex(I - Z / 2).inverse  # inv waits for a GPU, too
+
+
+def g_first_order(Z, I):
+    """g(Z) = I, for R = I + P, as in the authors' code. It is no rotation: RᵀR = I + PᵀP."""
+    return I
+
+
+ROTATIONS = {"exp": g_exp, "cayley": g_cayley, "first_order": g_first_order}
+
 
 def rotation_factors(C, D, rotation="exp"):
-    """Thin L, V (m, 2 r_p) of R = I + LVᵀ, from C, D (m, r_p), in float64.
+    """L, V (m, 2 r_p) of R = I + LVᵀ, from C, D (m, r_p), in float64.
 
-    P = s_P (DCᵀ − CDᵀ), as in the authors' code. s_P makes P grow linearly with long C, D.
-    "exp": R ≈ e^P, off by ‖P‖₂⁵/(720·2⁴⁸): 5e-13 at 10. "cayley": R = (I + P/2) (I − P/2)⁻¹.
-    "first_order": R = I + P, no rotation: RᵀR = I + PᵀP.
+    P = s_P (DCᵀ − CDᵀ), s_P = min(1, 1 / (‖C‖ + ‖D‖ + 1e-6)), as in the authors' code.
     """
-    refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
-    C, D = C.double(), D.double()
-    s_P = (1 / (torch.linalg.norm(C) + torch.linalg.norm(D) + 1e-6)).clamp(max=1)
-    E = D - C  # gives the same P, since the two CCᵀ cancel, and exactly 0 at D = C
-    # P = UVᵀ, P² = U Z Vᵀ, P³ = U Z² Vᵀ, …, Z = VᵀU. So I + P g(P) = I + U g(Z) Vᵀ, any g.
-    U, V = torch.cat([E, C], dim=1), s_P * torch.cat([C, -E], dim=1)
-    if rotation == "first_order":
-        return U, V  # g = 1
-    # Else R = q(−P) q(P)⁻¹. Both q have q(−z) = q(z) + z, so R = I + P q(P)⁻¹ and g = 1/q.
-    # P is skew, so q(P)ᵀ = q(−P) and RᵀR = q(−P)⁻¹ q(P) q(−P) q(P)⁻¹ = I: R is a rotation. Z has
-    # P's eigenvalues or 0, imaginary; q's roots are not. So q(Z)⁻¹ exists: no check, no GPU wait.
+    C, D = C.double(), D.double()  # so that R is orthogonal to the last bits of float32
+    s_P = (1 / (C.norm() + D.norm() + 1e-6)).clamp(max=1)
+    # D − C in place of D leaves P the same, as CCᵀ − CCᵀ = 0, but exactly 0 at D = C.
+    E = D - C
+    U = torch.cat([E, C], dim=1)  # (m, 2 r_p)
+    V = s_P * torch.cat([C, -E], dim=1)  # (m, 2 r_p), so P = UVᵀ
     Z = V.T @ U  # (2 r_p, 2 r_p)
     I = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
-    if rotation == "cayley":  # q(z) = 1 − z/2
-        return U @ torch.linalg.inv_ex(I - Z / 2).inverse, V
-    # q(z) = 1 − z/2 + z²/12: q(−z)/q(z) ≈ e^z for small z (Padé). So take P/2¹², and so V/2¹² and
-    # Z/2¹², K = q(Z)⁻¹, and square R twelve times: (I + U K Vᵀ)² = I + U K (2I + Z K) Vᵀ.
-    Z, two_I = Z / 2**12, 2 * I
-    K = torch.linalg.inv_ex(I - Z / 2 + Z @ Z / 12).inverse
-    for _ in range(12):
-        K = K @ torch.addmm(two_I, Z, K)
-    return U @ K / 2**12, V  # the 2¹² of V/2¹²
+    g = ROTATIONS[rotation]
+    return U @ g(Z, I), V
 
-def rotate(L, V, W):
-    """R W = W + L (VᵀW) for R = I + LVᵀ, with L, V (m, k) of any dtype."""
-    L, V = L.to(wide_dtype(W.M)), V.to(wide_dtype(W.M))
-    dV = V if W.d is None else W.d[:, None] * V
-    VW = dV.T.to(W.M.dtype) @ W.M  # VᵀW (k, n) is (d ∘ V)ᵀM + (Vᵀup) down
-    if W.up is None:
-        return Weight(W.M, W.d, L, VW)
-    VW = VW + (V.T @ W.up.to(V.dtype)) @ W.down.to(V.dtype)
-    return Weight(W.M, W.d, torch.cat([W.up, L], dim=1), torch.cat([W.down, VW]))
 
 class SORALinear(Adapter):
-    """SORA: W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
+    """SORA (the paper's): W' = R (diag(d) W0 + sBA), where R turns at most 2 r_p dimensions.
 
-    diag starts at 1, C uniform in ±1/√m, and D = C, so that P = 0 and R = I. At C = D = 0 neither
-    would have a gradient, since each multiplies the other. ValueError for a bad r_p or rotation.
+    d starts at 1, and D at C, so that P = 0 and R = I. (D = 0 would do that, too, but then C
+    would get no gradient at first.) Unlike here, the authors' code also applies d and R to b.
+    Raises ValueError for r_p < 1 or a rotation that is not in ROTATIONS.
     """
-    options = "r", "lora_alpha", "r_p", "rotation"
 
     def __init__(self, base, r=8, lora_alpha=16, r_p=4, rotation="exp"):
-        refuse(r_p < 1, f"r_p must be at least 1, got {r_p}")
-        refuse(rotation not in ROTATIONS, f"rotation {rotation!r} is not in {ROTATIONS}")
+        if r_p < 1:
+            raise ValueError(f"r_p must be at least 1, got {r_p}")
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation {rotation!r} is not in {list(ROTATIONS)}")
         super().__init__(base, r, lora_alpha)
-        self.r_p, self.rotation, m = r_p, rotation, self.out_features
+        self.r_p, self.rotation = r_p, rotation
+        m = self.out_features
         self.diag = nn.Parameter(self.B.new_ones(m))
-        C = self.B.new_empty(m, r_p).uniform_(-m**-0.5, m**-0.5)
-        self.C, self.D = nn.Parameter(C), nn.Parameter(C.clone())
+        bound = m ** -0.5
+        self.C = nn.Parameter(self.B.new_empty(m, r_p).uniform_(-bound, bound))
+        self.D = nn.Parameter(self.C.detach().clone())
 
-    def equation(self, W0):
+    def rotate(self, z):
+        """R z = z + L Vᵀz, for each row z of (…, m)."""
         L, V = rotation_factors(self.C, self.D, self.rotation)
-        return rotate(L, V, Weight(W0, self.diag, self.scaling * self.B, self.A))
+        Vtz = z @ V.to(z.dtype)  # (…, 2 r_p)
+        return z + Vtz @ L.T.to(z.dtype)  # (…, m)
 
-    def rotation_matrix(self):  # R (m, m)
-        L, V = rotation_factors(self.C, self.D, self.rotation)
-        return (torch.eye(len(L), device=L.device) + L @ V.T).to(self.C.dtype)
+    def equation(self, W0x, sBAx):
+        return self.rotate(self.diag * W0x + sBAx)
+
+    def rotation_matrix(self):
+        """R (m, m), in the dtype of C."""
+        I = torch.eye(self.out_features, dtype=torch.float64, device=self.C.device)
+        return self.rotate(I).T.to(self.C.dtype)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, r_p={self.r_p}, rotation={self.rotation}"
+
 
 METHODS = {"lora": LoRALinear, "pre_diag": PreDiagLinear, "dora": DoRALinear,
            "dora_matrix": DoRAMatrixLinear, "sora": SORALinear}
 
+
 # ---- models
 
-def adapt(model, method, target_modules, **kwargs):
-    """Wrap the nn.Linears that target_modules names, in place; returns model.
-
-    method: a key of METHODS or a child of Adapter; kwargs: its options. As in PEFT's lists, t
-    selects the modules whose dotted name is t or ends in "." + t. The first adapt freezes the
-    model, a later one only what it wraps. On a ValueError or TypeError nothing is changed.
-    """
-    cls = METHODS.get(method, method)
-    refuse(not isinstance(cls, type) or not issubclass(cls, Adapter),
-           f"method {method!r} is not in {list(METHODS)}, nor a child of Adapter")
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    names = names_of(model, nn.Module)
-    hits = {t: {mod for mod in names for name in names[mod]
-                if name == t or name.endswith("." + t)} for t in targets}
-    missed = [t for t in targets if not hits[t]]
-    ends = {names[mod][0].split(".")[-1] for mod in names if isinstance(mod, nn.Linear)}
-    refuse(missed or not targets, f"no module for {missed[:3]}: there are {sorted(ends)[:8]}")
-    chosen = [mod for mod in names if any(mod in hits[t] for t in targets)]
-    for mod in chosen:
-        check_base(mod, names[mod][0])
-    thawed = [p for p in model.parameters() if p.requires_grad]
-    try:
-        new = {mod: cls(mod, **kwargs).train(mod.training) for mod in chosen}
-        if not names_of(model, Adapter):
-            model.requires_grad_(False)
-        for mod in chosen:
-            for name in names[mod]:
-                model.set_submodule(name, new[mod])
-    except BaseException:
-        for p in thawed:
-            p.requires_grad_(True)
-        raise
-    return model
-
-def names_of(model, cls):  # {module: its names, several if it is shared}
+def names_of(model, cls):
+    """{module of class cls: its names, several if shared}. Raises ValueError if none."""
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, cls):
+        if name and isinstance(module, cls):  # the model itself is called ""
             names.setdefault(module, []).append(name)
+    if not names:
+        raise ValueError(f"there is no {cls.__name__} in this {type(model).__name__}")
     return names
 
+
+def adapt(model, method, target_modules, **options):
+    """Wrap the nn.Linears that target_modules names, in place; returns model.
+
+    method is a key of METHODS, or a child of Adapter. As in PEFT's lists, the target "q" means
+    each module whose dotted name is "q" or ends in ".q". The first adapt freezes the model, a
+    later one only what it wraps. Raises ValueError or TypeError for a wrong method, target or
+    option; then no layer is replaced.
+    """
+    cls = METHODS.get(method, method)
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise ValueError(f"method {method!r} is not in {list(METHODS)}, nor a child of Adapter")
+    targets = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    names = names_of(model, nn.Module)
+    chosen = {}
+    missed = set(targets)
+    for module, places in names.items():
+        for target in targets:
+            if any(f".{place}".endswith(f".{target}") for place in places):
+                check_base(module, places[0])
+                chosen[module] = places
+                missed.discard(target)
+    if missed or not targets:
+        ends = {places[0].split(".")[-1] for places in names_of(model, nn.Linear).values()}
+        raise ValueError(f"target_modules: no module is called {sorted(missed)[:3]}. "
+                         f"There are {sorted(ends)[:8]}")
+    layers = {module: cls(module, **options).train(module.training) for module in chosen}
+    if not any(isinstance(module, Adapter) for module in names):
+        model.requires_grad_(False)
+    for module, places in chosen.items():
+        for place in places:
+            model.set_submodule(place, layers[module])
+    return model
+
+
 def adapters(model):
-    """[(name, layer)] of all adapters; ValueError if none."""
-    found = [(names[0], layer) for layer, names in names_of(model, Adapter).items()]
-    refuse(not found, "no adapters of this minisora: adapt it first")
-    return found
+    """[(name, layer)] of all adapters. Raises ValueError if there are none."""
+    return [(names[0], layer) for layer, names in names_of(model, Adapter).items()]
+
 
 def merge_adapters(model):
-    """Replace each adapter by its merge(); returns model. If one raises, it and the rest stay."""
-    layers, names = adapters(model), names_of(model, Adapter)
-    while layers:
-        name, layer = layers.pop()  # freed before the next merge
-        merged = layer.merge(name)
-        for place in names.pop(layer):
+    """Put each adapter's merge() in its place; returns model. If one raises, some are merged."""
+    names = list(names_of(model, Adapter).values())  # names keep no layer alive
+    for places in reversed(names):  # inner ones first: a base can be wrapped
+        merged = model.get_submodule(places[0]).merge(places[0])
+        for place in places:
             model.set_submodule(place, merged)
     return model
 
-def trained_parameters(model):  # adapters', and all else with requires_grad
-    own = {p for _, layer in adapters(model) for name, p in layer.named_parameters()
-           if not name.startswith("base.")}
-    trained = {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
-    for name, p in trained.items():
-        refuse(type(p) is not nn.Parameter, f"{name} is a sharded {type(p).__name__}: gather first")
-    return trained
+
+def trained_parameters(model):
+    """{name: parameter} of all adapters, and of all else that has requires_grad."""
+    own = set()
+    for _, layer in adapters(model):
+        own.update(p for name, p in layer.named_parameters() if not name.startswith("base."))
+    return {name: p for name, p in model.named_parameters() if p in own or p.requires_grad}
+
 
 def adapter_state_dict(model):
-    """{name: copy} of all that training changes, without adapt's arguments."""
+    """{name: copy} of all trained parameters. Keep adapt's arguments beside it."""
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+
 
 @torch.no_grad()
 def load_adapter_state_dict(model, state):
-    """Copy a state into a model adapted and unfrozen like the saved one; returns model.
+    """Copy state, all or nothing, into a model adapted like the saved one; returns model.
 
-    On a ValueError nothing is copied.
+    Raises ValueError for other names or shapes, or a value that is not finite.
     """
-    own = trained_parameters(model)
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    refuse(missing or extra, f"the state lacks {missing[:3]} and has {extra[:3]} more: adapt with "
-                             "the saved options, and unfreeze the same modules")
-    for name, p in own.items():
+    trained = trained_parameters(model)
+    missing = sorted(trained.keys() - state.keys())
+    unknown = sorted(state.keys() - trained.keys())
+    if missing or unknown:
+        raise ValueError(f"the state lacks {missing[:3]} and has {unknown[:3]} more: adapt with "
+                         "the saved options, and unfreeze the same modules")
+    for name, p in trained.items():  # check all before the first is copied
         new = state[name].to(p)
-        refuse(new.shape != p.shape, f"{name} must be {p.shape}, got {new.shape}: adapt as saved")
-        refuse(not new.isfinite().all(), f"{name} is not finite")
-    for name, p in own.items():
+        if new.shape != p.shape:
+            raise ValueError(f"{name} is {new.shape} in the state, {p.shape} in the model")
+        if not new.isfinite().all():
+            raise ValueError(f"{name} is not finite in the state")
+    for name, p in trained.items():
         p.copy_(state[name])
     return model
 
-# ---- checks of what torch lets pass
-
-def refuse(wrong, message, error=ValueError):
-    if wrong:
-        raise error(message)
-
-def check_base(base, name="base"):
-    w = getattr(base, "weight", None)
-    other = type(base) is not nn.Linear or type(w) is not nn.Parameter
-    refuse(other, f"{name} must be an nn.Linear: it is {type(base)} of {type(w)}", TypeError)
-    unfit = not w.is_floating_point() or w.element_size() == 1 or w.numel() == 0 or w.is_meta
-    refuse(unfit, f"{name} is not 16 to 64 bit floats: {w.dtype}, {w.shape}, {w.device}", TypeError)
 
 # ---- diagnostics of delta = W' − W0 (…, m, n)
+#
+# Use a copy of the layer in double(): rounding to float32 adds singular values.
 
 def relative_singular_values(delta):
-    """σ_i / σ_1, or 0 where delta is 0."""
-    S = torch.linalg.svdvals(delta.to(wide_dtype(delta)))
+    """σ_i / σ_1, the largest first. All are 0 for delta = 0."""
+    S = torch.linalg.svdvals(delta.to(torch.promote_types(delta.dtype, torch.float32)))
     return S / S[..., :1].clamp(min=torch.finfo(S.dtype).tiny)
 
-def singular_value_entropy(delta):
-    """−Σ p_i log p_i with p_i = σ_i / Σ_j σ_j, in nats. At most log r for LoRA, 0 for delta = 0.
 
-    Rounding adds rank: take W' from copy.deepcopy(layer).double(). But near DoRA's start take it
-    from the layer: a float32 magnitude / a float64 norm is not 1. p: Roy and Vetterli (2007).
-    """
+def singular_value_entropy(delta):
+    """−Σ p_i log p_i, p_i = σ_i / Σ_j σ_j, in nats (Roy and Vetterli, 2007). LoRA: ≤ log r."""
     S = relative_singular_values(delta)
-    p = S / S.sum(dim=-1, keepdim=True).clamp(min=1)
-    return -(p * p.masked_fill(p == 0, 1).log()).sum(dim=-1)  # 0 log 0 = 0, its gradient finite
+    p = S / S.sum(dim=-1, keepdim=True).clamp(min=1)  # the sum is ≥ 1, or 0 for delta = 0
+    p = p.masked_fill(p == 0, 1)  # entr is 0 at 0 and 1, but its gradient at 0 is infinite
+    return torch.special.entr(p).sum(dim=-1)
+
 
 def stable_rank(delta):
-    """‖delta‖²F / ‖delta‖₂² = Σ σ_i² / σ_1²: at most the rank, 0 for delta = 0."""
+    """Σ σ_i² / σ_1², which is at most the rank."""
     return relative_singular_values(delta).square().sum(dim=-1)
