@@ -1,62 +1,76 @@
 """Adapt a tiny language model from prose to code, with every method of minisora.
 
-    python train_tiny.py    a table in 2 to 5 minutes on 2 CPU cores
-        --quick             only to see that it runs, in 25 seconds
-        --seeds 5           the mean over five adaptations, ± its standard error
+    python train_tiny.py    a table, in 3 to 4 minutes on two free CPU cores
+        --quick             the same in a few steps, to see it run
+        --seeds 5           means over five adaptations, ± their standard errors
+        --plot FILE         and a picture of the singular values of W' − W0
         --reach             instead: which weights each method can reach
-        --bench             instead: what one layer costs in time, memory and operations
+        --bench             instead: what one adapted layer costs
 """
 import argparse
 import copy
+import importlib.util
+import math
 import pathlib
 import sys
+import sysconfig
 import time
-import weakref
-from pydoc_data.topics import topics
+from statistics import mean, median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import minisora
 
+
 # ---- settings
 
-# Defaults: r = 8, lora_alpha = 16, r_p = 4. Rates are the best of 1e-3, 3e-3, 1e-2 and 3e-2, but
-# lora_r13 has lora's, sora_no_diag and sora_r3 have sora's.
-ROWS = {  # name: (method of minisora, its arguments, learning rate)
-    "full": (None, {}, 3e-3),  # all parameters, as in the base's own training
-    "lora": ("lora", {}, 1e-2),
-    "lora_r13": ("lora", {"r": 13, "lora_alpha": 26}, 1e-2),  # about as large as sora
-    "dora": ("dora", {}, 1e-2),
-    "dora_matrix": ("dora_matrix", {}, 1e-2),
-    "pre_diag": ("pre_diag", {}, 1e-2),
-    "sora": ("sora", {}, 1e-2),  # the default run ends here
-    "sora_cayley": ("sora", {"rotation": "cayley"}, 1e-2),
-    "sora_first_order": ("sora", {"rotation": "first_order"}, 1e-2),
-    "sora_no_diag": ("sora", {}, 1e-2),  # LoRA and the rotation, diag stays 1
-    "sora_r3": ("sora", {"r": 3, "lora_alpha": 6}, 1e-2),  # about as large as lora
+# Each row has its highest learning rate, the best of 1e-3, 3e-3, 1e-2 and 3e-2 over two seeds on
+# the tenth of the code that is not used here, then its arguments of minisora.adapt. The defaults
+# are r = 8, lora_alpha = 16 and, for the rotation, r_p = 4.
+ROWS = {
+    "full": (3e-3, {}),  # no adapters
+    "lora": (1e-2, {"method": "lora"}),
+    "lora_r13": (1e-2, {"method": "lora", "r": 13, "lora_alpha": 26}),  # the size of sora
+    "dora": (1e-2, {"method": "dora"}),
+    "dora_matrix": (1e-2, {"method": "dora_matrix"}),
+    "pre_diag": (1e-2, {"method": "pre_diag"}),
+    "sora": (1e-2, {"method": "sora"}),
+    "sora_r3": (1e-2, {"method": "sora", "r": 3, "lora_alpha": 6}),  # the size of lora
+    "sora_cayley": (1e-2, {"method": "sora", "rotation": "cayley"}),
+    "sora_first_order": (1e-2, {"method": "sora", "rotation": "first_order"}),
+    "sora_no_diag": (1e-2, {"method": "sora"}),  # diag stays 1
 }
-LINEARS = ["qkv", "proj", "fc", "out"]  # what is adapted in each block
+DEFAULT_ROWS = [name for name in ROWS if not name.startswith("sora_")]
+TARGETS = ("qkv", "proj", "fc", "out")  # a block's linear layers
 DIM, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 2, 128, 8
-BASE_STEPS, STEPS = 1400, 300  # a few minutes; more would still lower bits/byte
-REACH_STEPS, BENCH_ROUNDS = 600, 25
-BENCH_SIZES = [(2048, 1024), (512, 2048)]  # (tokens, dim)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # not mps, which has no float64
+BASE_STEPS, STEPS = 1400, 300
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 # ---- data
 
-def split(text):
-    """The first 80 % of the bytes to train on, and 256 windows of the last 10 % to test on.
+def texts():
+    """As bytes: prose, the topics of Python's help(), and code, its standard library."""
+    folder = sysconfig.get_path("stdlib")
+    library = sorted(pathlib.Path(folder).glob("*.py"))
+    if not library or not importlib.util.find_spec("pydoc_data"):
+        sys.exit(f"This Python lacks the texts to train on: pydoc_data or {folder}/*.py")
+    from pydoc_data.topics import topics
+    return "\n".join(topics.values()).encode(), b"\n".join(file.read_bytes() for file in library)
 
-    The rates were chosen on the 10 % between. The windows do not overlap.
-    """
+
+def split(text):
+    """Windows of bytes: all of the first 80 % to train on, 256 of the last 10 % to test on."""
     data = torch.tensor(list(text), device=DEVICE)
-    test = data[len(data) * 9 // 10:]
-    starts = torch.linspace(0, len(test) - CONTEXT - 1, 256).long()
-    return data[:len(data) * 8 // 10], test[starts[:, None] + torch.arange(CONTEXT + 1)]
+    train = data[:len(data) * 8 // 10].unfold(0, CONTEXT + 1, 1)  # one at each byte
+    test = data[len(data) * 9 // 10:].unfold(0, CONTEXT + 1, 1)
+    return train, test[torch.linspace(0, len(test) - 1, 256).long()]
+
 
 # ---- model
 
@@ -68,272 +82,239 @@ class Block(nn.Module):
         self.fc, self.out = nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
 
     def forward(self, x):  # (batch, time, DIM)
-        heads = self.qkv(self.ln1(x)).unflatten(-1, (3 * HEADS, DIM // HEADS)).transpose(1, 2)
-        q, k, v = heads.chunk(3, dim=1)  # each (batch, HEADS, time, DIM / HEADS)
+        heads = self.qkv(self.ln1(x)).unflatten(-1, (3, HEADS, DIM // HEADS))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (batch, HEADS, time, DIM / HEADS)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.out(F.gelu(self.fc(self.ln2(x))))
 
+
 class GPT(nn.Module):
-    """A byte-level GPT whose embedding is its head."""
+    """A GPT over bytes; its output layer is its embedding."""
 
     def __init__(self):
         super().__init__()
-        self.byte = nn.Parameter(0.02 * torch.randn(256, DIM))
+        self.embedding = nn.Parameter(0.02 * torch.randn(256, DIM))
         self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, DIM))
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
         self.ln = nn.LayerNorm(DIM)
 
     def forward(self, tokens):  # (batch, time) bytes -> (batch, time, 256) logits
-        x = F.embedding(tokens, self.byte) + self.position[:tokens.shape[1]]
-        return F.linear(self.ln(self.blocks(x)), self.byte)
+        x = F.embedding(tokens, self.embedding) + self.position[:tokens.shape[1]]
+        return F.linear(self.ln(self.blocks(x)), self.embedding)
 
     def loss(self, windows):
-        """Mean cross-entropy of windows (batch, CONTEXT + 1), in bits per byte."""
+        """The cross-entropy of each byte, given those before it, in bits per byte."""
         logits = self(windows[:, :-1]).flatten(0, 1)
-        return F.cross_entropy(logits, windows[:, 1:].flatten()) / np.log(2)
+        return F.cross_entropy(logits, windows[:, 1:].flatten()) / math.log(2)
 
     @torch.no_grad()
-    def score(self, windows):  # no eval(), since there is no dropout
-        return np.mean([self.loss(part).item() for part in windows.split(32)])
+    def score(self, windows):
+        return mean(self.loss(batch).item() for batch in windows.split(32))
 
     @torch.no_grad()
     def write(self):
-        """150 bytes after "def ", at temperature 0.7."""
+        """Continue "def " by 150 bytes, at temperature 0.7."""
+        torch.manual_seed(0)
         text = list(b"def ")
-        generator = torch.Generator().manual_seed(0)  # its own, so that scores stay the same
         for _ in range(150):
-            logits = self(torch.tensor([text[-CONTEXT:]], device=DEVICE))[0, -1].cpu()
-            p = F.softmax(logits / 0.7, dim=-1)
-            text.append(torch.multinomial(p, 1, generator=generator).item())
-        return "| " + bytes(text).decode(errors="replace").replace("\n", "\n| ")
+            logits = self(torch.tensor([text[-CONTEXT:]], device=DEVICE))[0, -1]
+            text.append(torch.multinomial(F.softmax(logits / 0.7, dim=-1), 1).item())
+        return bytes(text).decode(errors="replace")
+
 
 def adapted(base, name, seed):
-    """A copy of base, to be trained as ROWS[name]."""
-    model = copy.deepcopy(base).cpu()
-    method, arguments, _ = ROWS[name]
-    if method:
-        torch.manual_seed(seed)
-        minisora.adapt(model, method, LINEARS, **arguments)
-        for index, (_, layer) in enumerate(minisora.adapters(model)):
-            # Redraw A, or it would differ by method, as SORA draws C between two layers' A.
-            generator = torch.Generator().manual_seed(1000 * seed + index)
-            bound = layer.in_features**-0.5
-            nn.init.uniform_(layer.A, -bound, bound, generator)
-            if name == "sora_no_diag":
-                layer.diag.requires_grad_(False)
-    return model.to(DEVICE)
+    """A copy of base, to be trained as the row name."""
+    model = copy.deepcopy(base)
+    _, arguments = ROWS[name]
+    if not arguments:
+        return model
+    torch.manual_seed(seed)
+    minisora.adapt(model, target_modules=TARGETS, **arguments)
+    torch.manual_seed(seed)  # draw A again: all rows of one r start from the same A
+    for _, layer in minisora.adapters(model):
+        nn.init.kaiming_uniform_(layer.A, a=5**0.5)  # ±1/√in_features
+        if name == "sora_no_diag":
+            layer.diag.requires_grad_(False)
+    return model
+
 
 # ---- loop
 
-def train(models, data, steps, seed):
-    """Step all models in turn on the same batches, so that times compare. Returns {name: ms}."""
-    # Not AdamW: its decay would pull diag and magnitude to 0, away from their start.
-    optimizers = {name: torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
-                  for name, model in models.items()}
+def train(models, windows, steps, seed, later=0):
+    """Train {row: model}. Returns {row: ms of a step}. later: how many steps follow these.
+
+    They step in turn on the same batch, so that a busy machine slows all alike.
+    """
+    runs, losses, ms = [], {}, {}
+    for name, model in models.items():
+        rate, _ = ROWS[name]
+        # Without weight decay, which would pull diag and magnitude to 0.
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+        # The rate rises for a tenth of the steps, then falls to almost 0.
+        schedule = OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+        runs.append((name, model, optimizer, schedule))
+        losses[name], ms[name] = [], []
     generator = torch.Generator().manual_seed(seed)
-    tenth = max(1, steps // 10)
-    bits, ms = {name: [] for name in models}, {name: [] for name in models}
-    print("\n step", *models, f"  loss in bits per byte, seed {seed}")
-    for step in range(steps):
-        starts = torch.randint(len(data) - CONTEXT, (BATCH, 1), generator=generator)
-        batch = data[starts + torch.arange(CONTEXT + 1)]
-        share = min((step + 1) / tenth, (steps - step) / max(1, steps - tenth))  # up, then down
-        for name, model in models.items():
+    for step in range(1, steps + 1):
+        batch = windows[torch.randint(len(windows), (BATCH,), generator=generator)]
+        for name, model, optimizer, schedule in runs:
             start = time.perf_counter()
-            optimizers[name].param_groups[0]["lr"] = ROWS[name][2] * share
             loss = model.loss(batch)
-            optimizers[name].zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimizers[name].step()
-            bits[name].append(loss.item())  # waits for the device
-            ms[name].append((time.perf_counter() - start) * 1e3)
-        if (step + 1) % tenth == 0:
-            means = (f"{np.mean(bits[name][-tenth:]):{len(name)}.2f}" for name in models)
-            left = (steps - step - 1) * sum(np.median(ms[name][-tenth:]) for name in models) / 1e3
-            print(f"{step + 1:5}", *means, f"  {left:.0f} s left")
-    return {name: np.median(ms[name]) for name in models}
+            optimizer.step()
+            schedule.step()
+            losses[name].append(loss.item())  # waits for the GPU
+            ms[name].append(1000 * (time.perf_counter() - start))
+        if step % (steps // 10) == 0:
+            left = mean(map(mean, ms.values())) * ((steps - step) * len(models) + later)
+            print(f"step {step:4} of {steps}, {left / 1000:3.0f} s left, loss:",
+                  *[f"{name} {mean(losses[name][-steps // 10:]):.2f}" for name in models])
+    return {name: median(ms[name]) for name in models}
 
-@torch.no_grad()
-def measure(name, model, base, code, prose):
-    """What a trained model is worth, and the shape of its updates W' − W0. NaN if it diverged."""
-    bpb, prose_bpb = model.score(code), model.score(prose)
-    if not np.isfinite(bpb + prose_bpb):
-        return dict.fromkeys(["bpb", "prose", "gap", "entropy", "spectrum", "defect"], np.nan)
-    merged = model if name == "full" else minisora.merge_adapters(copy.deepcopy(model))
-    wide = copy.deepcopy(model).cpu().double()  # rounding to float32 would add rank
-    updates = [wide.get_submodule(path).weight - linear.weight.cpu().double()
-               for path, linear in base.named_modules() if path.endswith(tuple(LINEARS))]
-    rotations = [layer.rotation_matrix() for layer in wide.modules()
-                 if isinstance(layer, minisora.SORALinear)]
-    defects = [torch.linalg.norm(R.T @ R - torch.eye(len(R)), 2).item() for R in rotations]
-    return {"bpb": bpb, "prose": prose_bpb, "gap": abs(merged.score(code) - bpb),
-            "entropy": np.mean([minisora.singular_value_entropy(delta) for delta in updates]),
-            "spectrum": sum(map(minisora.relative_singular_values, updates)) / len(updates),
-            "defect": max(defects, default=0.0)}
-
-def experiment(methods, seeds=1, quick=False):
-    """Train and adapt the base. Returns {name: [a dict for each seed]}."""
-    if set(methods) - set(ROWS):
-        raise ValueError(f"{methods} are not all in {list(ROWS)}")
-    # Fine-tuning is for what is new to a model. So the base learns prose, the Python language
-    # reference, and adapts to code, the standard library. Every Python has both.
-    prose, prose_test = split("\n".join(topics.values()).encode())
-    library = sorted(pathlib.Path(copy.__file__).parent.glob("*.py"))
-    code, code_test = split(b"\n".join(file.read_bytes() for file in library))
-    base_steps, steps = (60, 12) if quick else (BASE_STEPS, STEPS)
-    results = {name: [] for name in methods}
-    torch.manual_seed(0)
-    base = GPT().to(DEVICE)
-    train({"full": base}, prose, base_steps, 0)
-    if quick:
-        print("After so few steps the scores mean nothing yet.")
-    print(f"The base scores {base.score(prose_test):.4f} bits per byte on prose and "
-          f"{base.score(code_test):.4f} on code. It writes:\n{base.write()}")
-    for seed in range(seeds):
-        models = {name: adapted(base, name, seed) for name in results}
-        ms = train(models, code, steps, seed)
-        for name, model in models.items():
-            row = measure(name, model, base, code_test, prose_test)
-            row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            results[name].append({**row, "ms": ms[name]})
-        print(f"\nAfter {seed + 1} of {seeds} seeds:")
-        table(results)
-    if np.isfinite(row["bpb"]):  # of the last method and seed
-        print(f"\nAdapted by {name}, it writes:\n{model.write()}")
-    return results
 
 # ---- table
 
-def mean(values, sign=""):
-    """Mean over seeds ± its standard error."""
-    error = f"±{values.std(ddof=1) / len(values)**0.5:.4f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.4f}{error}" if np.isfinite(values).all() else ""
+COLUMNS = {"trained": ",.0f", "ms": ".1f", "code": ".4f", "− lora": ".4f", "forgotten": ".4f",
+           "entropy": ".2f", "‖RᵀR − I‖": ".1g"}
 
-def table(results):
-    """bits/byte is on code; prose on prose, up by what was forgotten. − lora: seed by seed."""
-    print("method           trained   ms     bits/byte         − lora prose entropy ‖RᵀR−I‖")
-    lora = [row["bpb"] for row in results["lora"]] if "lora" in results else np.nan
+
+@torch.no_grad()
+def measure(model, base, code, prose):
+    """What the table and the picture show of a model."""
+    row = dict.fromkeys([*COLUMNS, "spectrum"], math.nan)
+    row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row["code"] = model.score(code)
+    row["forgotten"] = model.score(prose) - base.score(prose)
+    if not math.isfinite(row["code"]):  # it diverged: the rest stays nan
+        return row
+    # In float64: rounding is no part of an update.
+    model, base = copy.deepcopy(model).double(), copy.deepcopy(base).double()
+    updates = [model.get_submodule(path).weight - linear.weight  # an adapter's weight is W'
+               for path, linear in base.named_modules() if path.endswith(TARGETS)]
+    row["entropy"] = mean(minisora.singular_value_entropy(update).item() for update in updates)
+    row["spectrum"] = minisora.relative_singular_values(updates[0]).tolist()
+    rotations = [m.rotation_matrix() for m in model.modules() if hasattr(m, "rotation_matrix")]
+    defects = [torch.dist(R.T @ R, torch.eye(len(R)).to(R)).item() for R in rotations]
+    row["‖RᵀR − I‖"] = max(defects, default=0)  # 0 without a rotation
+    return row
+
+
+def print_table(results):
+    """Means over the seeds and, below, ± their standard errors."""
+    print(" " * 16, *[f"{column:>9}" for column in COLUMNS])
     for name, rows in results.items():
-        keys = "ms", "bpb", "prose", "entropy", "defect"
-        ms, bpb, prose, entropy, defect = np.array([[row[key] for key in keys] for row in rows]).T
-        rotation = f"{defect.max():8.0e}" if defect.max() > 0 else ""
-        print(f"{name:16} {rows[0]['trainable']:7,} {ms.mean():4.1f} {mean(bpb) or 'diverged':>13} "
-              f"{mean(bpb - lora, '+'):>14} {prose.mean():5.3f} {entropy.mean():7.2f}{rotation}")
-    gap = np.nanmax([0] + [row["gap"] for rows in results.values() for row in rows])
-    print(f"Merged and unmerged differ by at most {gap:.0e} bits per byte.")
+        values = torch.tensor([[row[column] for column in COLUMNS] for row in rows])
+        lines = {name: values.mean(dim=0)}
+        if len(rows) > 1:
+            lines["  ±"] = values.std(dim=0) / len(rows)**0.5
+        for title, line in lines.items():
+            print(f"{title:16}", *[f"{v:9{form}}" for v, form in zip(line, COLUMNS.values())])
+    print("code: bits per byte, − lora: minus lora's, forgotten: of prose, minus the base's.\n"
+          "entropy: of the singular values of W' − W0. nan: diverged, or there is no lora.")
+
 
 def draw(file, results):
+    """The singular values of W' − W0 in the first qkv, after the last seed."""
     from matplotlib.figure import Figure
-    axes = Figure(layout="constrained").subplots()
-    axes.set(xlabel="i − 1", ylabel="σᵢ / σ₁ of W' − W0", yscale="log", ylim=(1e-4, 1.2))
-    for name, rows in results.items():  # dora_matrix lies on dora
-        axes.plot(rows[-1]["spectrum"], "k--" if name == "dora_matrix" else "-", label=name)
-    axes.legend()
-    axes.figure.savefig(file, format="svg")
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(1e-4, 1.2), ylabel="σᵢ / σ₁ of W' − W0")
+    for name, rows in results.items():
+        axes.plot(rows[-1]["spectrum"], label=name)
+        axes.legend()
+    axes.figure.savefig(file)
 
-# ---- reach
+
+# ---- instead of the table
 
 def reach():
-    """How near each method comes to a known W*: ‖W' − W*‖F / ‖W* − W0‖F, r = r_p = 4."""
+    """The least ‖W' − W*‖ / ‖W0 − W*‖ that 600 steps of Adam find, for r = r_p = 4."""
     torch.manual_seed(0)
-    W0, d = torch.randn(64, 64) / 8, 0.5 + torch.rand(64, 1)
-    Q = torch.linalg.qr(torch.randn(64, 8)).Q
-    P = Q[:, :4] @ Q[:, 4:].T
-    R = torch.linalg.matrix_exp(P - P.T)  # turns 4 planes by 1 radian
-    targets = {"low rank": W0 + torch.randn(64, 4) @ torch.randn(4, 64) / 16, "diagonal": d * W0,
-               "rotation": R @ W0, "rotation of a diagonal": R @ (d * W0)}
-    linear = nn.Linear(64, 64, bias=False)
-    linear.weight.data = W0
-    print(f"{'target':22}", *(f"{name:>11}" for name in [*minisora.METHODS, "best rank r"]))
+    linear = nn.Linear(64, 64)
+    W0, d = linear.weight.detach(), 0.5 + torch.rand(64, 1)
+    U, V = torch.randn(2, 64, 4) / 8
+    R = torch.linalg.matrix_exp(U @ V.T - V @ U.T)  # turns four planes
+    targets = {"W0 + UVᵀ": W0 + U @ V.T, "d * W0": d * W0,
+               "R @ W0": R @ W0, "R @ (d * W0)": R @ (d * W0)}
+    print(f"{'W*':12}", *[f"{name:>11}" for name in minisora.METHODS])
     for target, W in targets.items():
-        layers = nn.ModuleList(method(linear, 4, 8) for method in minisora.METHODS.values())
-        optimizer = torch.optim.Adam(layers.parameters())
-        for step in range(REACH_STEPS):
-            optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / REACH_STEPS)
+        layers = [method(linear, r=4, lora_alpha=8) for method in minisora.METHODS.values()]
+        optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters()])
+        for step in range(600):
+            optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 600)
             optimizer.zero_grad()
             sum((layer.adapted_weight() - W).square().sum() for layer in layers).backward()
             optimizer.step()
-        S = torch.linalg.svdvals(W - W0)  # S[4:] is what the best rank 4 leaves (Eckart and Young)
-        distances = [(layer.adapted_weight() - W).norm() for layer in layers] + [S[4:].norm()]
-        print(f"{target:22}", *(f"{distance / S.norm():11.3f}" for distance in distances))
+        distances = [torch.dist(layer.adapted_weight(), W) for layer in layers]
+        print(f"{target:12}", *[f"{distance / torch.dist(W0, W):11.2f}" for distance in distances])
 
-# ---- bench
-
-def bench_layers(dim, device, dtype):
-    """{name: layer} of an nn.Linear and of every method around it, with r = 16."""
-    torch.manual_seed(0)
-    linear = nn.Linear(dim, dim, device=device, dtype=dtype).requires_grad_(False)
-    layers = {name: method(linear, 16, 32) for name, method in minisora.METHODS.items()}
-    first_order = minisora.SORALinear(linear, 16, 32, rotation="first_order")
-    return {"linear": linear, **layers, "sora first_order": first_order}
-
-def saved_bytes(layer, x):
-    """Bytes that autograd keeps for the backward: each storage once, without x and parameters."""
-    kept = weakref.WeakSet()
-
-    def pack(tensor):
-        alias = tensor.detach()  # returning tensor itself could make a cycle
-        kept.add(alias)
-        return alias
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        y = layer(x)  # holds the graph; what the forward freed is no longer in kept
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    for t in (x, *layer.parameters()):
-        sizes.pop(t.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
-
-def flops(layer, x):
-    """Floating-point operations of the matrix products in one forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        layer(x).sum().backward()
-    return counter.get_total_flops()
 
 def bench():
-    """Time layers in turn. saved: bytes kept for the backward, over those of x."""
-    wait = getattr(torch, DEVICE).synchronize
-    for tokens, dim in BENCH_SIZES:
-        layers = bench_layers(dim, DEVICE, torch.float32)
-        x = torch.randn(tokens, dim, device=DEVICE, requires_grad=True)
-        G, ms = torch.randn_like(x), {name: [] for name in layers}
-        for name, layer in list(layers.items()) * BENCH_ROUNDS:
-            inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
-            wait()
-            start = time.perf_counter()
-            torch.autograd.grad(layer(x), inputs, G)
-            wait()
-            ms[name].append((time.perf_counter() - start) * 1e3)
-        print(f"\n{tokens:4} tokens, {dim:4} wide     ms  /base  /lora  saved  GFLOP")
-        for name, layer in layers.items():
-            ratios = [np.median(np.divide(ms[name], ms[base])) for base in ("linear", "lora")]
-            sizes = saved_bytes(layer, x) / x.nbytes, flops(layer, x) / 1e9
-            print(f"{name:22}", *(f"{v:6.2f}" for v in (np.median(ms[name]), *ratios, *sizes)))
+    """Forward and backward of one layer, r = 16, r_p = 4, on Timer's one thread.
 
-def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a letter shows a ?
+    GFLOP as torch counts them: matrix products, but not those of an exponential.
+    """
+    for tokens, width in (64, 1024), (2048, 1024), (512, 2048):
+        linear = nn.Linear(width, width, device=DEVICE)
+        layers = {name: method(linear, r=16, lora_alpha=32)
+                  for name, method in minisora.METHODS.items()}
+        x = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
+        rounds = [{name: Timer("f(x).sum().backward()", globals={"f": layer, "x": x}).timeit(1).mean
+                   for name, layer in layers.items()} for _ in range(20)]  # in turn, as in train
+        print(f"\n{tokens} tokens, {width} wide     ms   / lora    GFLOP")
+        for name, layer in layers.items():
+            ms = 1000 * median(seconds[name] for seconds in rounds)
+            ratio = median(seconds[name] / seconds["lora"] for seconds in rounds)
+            with FlopCounterMode(display=False) as counter:
+                layer(x).sum().backward()
+            print(f"{name:18} {ms:8.2f} {ratio:8.2f} {counter.get_total_flops() / 1e9:8.2f}")
+
+
+# ---- main
+
+def main():
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a letter gets a ?
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS)[:7],
-                        metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--plot", metavar="FILE.svg")
-    for flag in ("--quick", "--reach", "--bench"):
+    parser.add_argument(
+        "--methods", nargs="+", choices=ROWS, default=DEFAULT_ROWS, metavar="ROW")
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), default=1, metavar="N")
+    parser.add_argument("--plot", metavar="FILE")
+    for flag in "--quick", "--reach", "--bench":
         parser.add_argument(flag, action="store_true")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
-          f"{torch.get_num_threads()} CPU threads")
+    args = parser.parse_args()
     if args.reach or args.bench:
         return reach() if args.reach else bench()
-    if args.plot:  # fail now, not after the work; "ab" keeps an older picture
-        import matplotlib
-        open(args.plot, "ab").close()
-    results = experiment(args.methods, args.seeds, args.quick)
+    if args.plot:
+        draw(args.plot, {})  # what cannot be drawn fails now
+    # The base learns prose, so that code is new to it, as a task usually is.
+    (prose, prose_test), (code, code_test) = map(split, texts())
+    base_steps, steps = (60, 20) if args.quick else (BASE_STEPS, STEPS)
+    torch.manual_seed(0)
+    base = GPT().to(DEVICE)
+    train({"full": base}, prose, base_steps, 0, later=args.seeds * len(args.methods) * steps)
+    print(f"The base scores {base.score(prose_test):.4f} bits per byte on prose, "
+          f"{base.score(code_test):.4f} on code, and writes:\n{base.write()}\n")
+
+    results = {name: [] for name in args.methods}
+    for seed in range(args.seeds):
+        models = {name: adapted(base, name, seed) for name in results}
+        ms = train(models, code, steps, seed, later=(args.seeds - seed - 1) * len(models) * steps)
+        for name, model in models.items():
+            row = measure(model, base, code_test, prose_test)
+            results[name].append({**row, "ms": ms[name]})
+        if "lora" in results:
+            for rows in results.values():
+                rows[-1]["− lora"] = rows[-1]["code"] - results["lora"][-1]["code"]
+        print(f"\nAfter {seed + 1} of {args.seeds} seeds:")
+        print_table(results)
     if args.plot:
         draw(args.plot, results)
-    return results
+    if math.isfinite(row["code"]):  # of the last method
+        print(f"\nAdapted by {name}, it writes:\n{model.write()}")
+
 
 if __name__ == "__main__":
     main()
