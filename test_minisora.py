@@ -158,7 +158,7 @@ def close(actual, exact, size, dtype, k, eps_of=None):
     """actual has this dtype, and |actual − exact| ≤ k · ε · size, with the ε of dtype or eps_of."""
     assert actual.dtype == dtype
     actual, exact, eps = array(actual), array(exact), torch.finfo(eps_of or dtype).eps
-    error, tiny = abs(actual - exact), torch.finfo(WIDE[dtype]).tiny  # underflow
+    error, tiny = abs(actual - exact), torch.finfo(WIDE[dtype]).tiny
     bound = k * (eps * array(size) + tiny)
     assert actual.shape == exact.shape and (error <= bound).all(), (error / bound).max()
 
@@ -185,10 +185,10 @@ def test_at_step_0_the_weight_is_W0_and_the_output_that_of_the_base(kind, dtype,
 @few
 @given(case=cases(), shape=st.sampled_from([(3,), (), (0,), (2, 3), (2, 1, 3)]))
 def test_the_layer_is_its_equation_merged_or_not(kind, made, dtype, case, shape):
-    """Also where a model was cast after it was adapted. In half precision to k = 3, since A, Ax,
+    """Also where a model was cast after adapt. In half precision to k = 3, since A, Ax,
     W0x + b, y, and in the matrix form W0Aᵀ, are rounded by ε/2 each.
     """
-    layer = make(kind, made, **case).to(dtype)
+    layer = make(kind, made, **case).to(None if made is dtype else dtype)
     t, x, half_c = arrays(layer), inputs(layer, *shape), "dora_matrix" in kind and dtype in HALF
     (W, sizes), k = weight(t), 3 if made is dtype in HALF else K
     close(layer.adapted_weight(), W, sizes, layer.B.dtype, k if half_c else K, half_c and dtype)
@@ -469,7 +469,7 @@ def test_vmap_compile_pickle_and_checkpoint_give_the_same_output(kind):
                  torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
         assert torch.allclose(same, layer(x), rtol=0, atol=1e-13)
     if "sora" in kind:
-        assert copy.deepcopy(layer).to("meta").rotation_matrix().is_meta  # nothing on the CPU
+        assert copy.deepcopy(layer).to("meta").rotation_matrix().is_meta  # all of it
 
 
 @every_method
