@@ -240,7 +240,7 @@ def reach():
     print(f"{'W*':12}", *[f"{name:>11}" for name in minisora.METHODS])
     for target, W in targets.items():
         layers = [method(linear, r=4, lora_alpha=8) for method in minisora.METHODS.values()]
-        optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters()])
+        optimizer = torch.optim.Adam(nn.ModuleList(layers).parameters())
         for step in range(600):
             optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 600)
             optimizer.zero_grad()
