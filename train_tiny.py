@@ -1,7 +1,8 @@
 """Adapt a tiny language model from prose to code, with every method of minisora.
 
-    python train_tiny.py    a table, in 3 to 4 minutes on two free CPU cores
+    python train_tiny.py    a table, in 3 to 4 minutes on two free cores
         --quick             the same in a few steps, to see it run
+        --methods ROW ...   only these ROWS
         --seeds 5           means over five adaptations, ± their standard errors
         --plot FILE         and a picture of the singular values of W' − W0
         --reach             instead: which weights each method can reach
@@ -26,10 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minisora
 
-
 # ---- settings
 
-# Each row has its highest learning rate, the best of 1e-3, 3e-3, 1e-2 and 3e-2 over two seeds on
+# Each row has its peak learning rate, the best of 1e-3, 3e-3, 1e-2 and 3e-2 over two seeds on
 # the tenth of the code that is not used here, then its arguments of minisora.adapt. The defaults
 # are r = 8, lora_alpha = 16 and, for the rotation, r_p = 4.
 ROWS = {
@@ -55,7 +55,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ---- data
 
 def texts():
-    """As bytes: prose, the topics of Python's help(), and code, its standard library."""
+    """Prose (Python's help topics) and code (its standard library), as bytes."""
     folder = sysconfig.get_path("stdlib")
     library = sorted(pathlib.Path(folder).glob("*.py"))
     if not library or not importlib.util.find_spec("pydoc_data"):
@@ -124,14 +124,14 @@ class GPT(nn.Module):
 
 
 def adapted(base, name, seed):
-    """A copy of base, to be trained as the row name."""
+    """A copy of base, adapted as ROWS[name] says."""
     model = copy.deepcopy(base)
     _, arguments = ROWS[name]
     if not arguments:
         return model
     torch.manual_seed(seed)
     minisora.adapt(model, target_modules=TARGETS, **arguments)
-    torch.manual_seed(seed)  # draw A again: all rows of one r start from the same A
+    torch.manual_seed(seed)  # draw A anew: rows of one r share it
     for _, layer in minisora.adapters(model):
         nn.init.kaiming_uniform_(layer.A, a=5**0.5)  # ±1/√in_features
         if name == "sora_no_diag":
@@ -144,7 +144,7 @@ def adapted(base, name, seed):
 def train(models, windows, steps, seed, later=0):
     """Train {row: model}. Returns {row: ms of a step}. later: how many steps follow these.
 
-    They step in turn on the same batch, so that a busy machine slows all alike.
+    The models step in turn on the same batch, so that a busy machine slows all alike.
     """
     runs, losses, ms = [], {}, {}
     for name, model in models.items():
@@ -168,8 +168,8 @@ def train(models, windows, steps, seed, later=0):
             losses[name].append(loss.item())  # waits for the GPU
             ms[name].append(1000 * (time.perf_counter() - start))
         if step % (steps // 10) == 0:
-            left = mean(map(mean, ms.values())) * ((steps - step) * len(models) + later)
-            print(f"step {step:4} of {steps}, {left / 1000:3.0f} s left, loss:",
+            left_ms = mean(map(mean, ms.values())) * ((steps - step) * len(models) + later)
+            print(f"step {step:4} of {steps}, {left_ms / 1000:3.0f} s left, loss:",
                   *[f"{name} {mean(losses[name][-steps // 10:]):.2f}" for name in models])
     return {name: median(ms[name]) for name in models}
 
@@ -182,7 +182,7 @@ COLUMNS = {"trained": ",.0f", "ms": ".1f", "code": ".4f", "− lora": ".4f", "fo
 
 @torch.no_grad()
 def measure(model, base, code, prose):
-    """What the table and the picture show of a model."""
+    """What the table and the picture show of one model."""
     row = dict.fromkeys([*COLUMNS, "spectrum"], math.nan)
     row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row["code"] = model.score(code)
@@ -211,7 +211,7 @@ def print_table(results):
             lines["  ±"] = values.std(dim=0) / len(rows)**0.5
         for title, line in lines.items():
             print(f"{title:16}", *[f"{v:9{form}}" for v, form in zip(line, COLUMNS.values())])
-    print("code: bits per byte, − lora: minus lora's, forgotten: of prose, minus the base's.\n"
+    print("code: bits per byte, − lora: minus lora's, forgotten: on prose, minus the base's.\n"
           "entropy: of the singular values of W' − W0. nan: diverged, or there is no lora.")
 
 
@@ -229,7 +229,7 @@ def draw(file, results):
 # ---- instead of the table
 
 def reach():
-    """The least ‖W' − W*‖ / ‖W0 − W*‖ that 600 steps of Adam find, for r = r_p = 4."""
+    """‖W' − W*‖ / ‖W0 − W*‖ after 600 steps of Adam, an upper bound, for r = r_p = 4."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 64)
     W0, d = linear.weight.detach(), 0.5 + torch.rand(64, 1)
@@ -262,7 +262,7 @@ def bench():
         x = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
         rounds = [{name: Timer("f(x).sum().backward()", globals={"f": layer, "x": x}).timeit(1).mean
                    for name, layer in layers.items()} for _ in range(20)]  # in turn, as in train
-        print(f"\n{tokens} tokens, {width} wide     ms   / lora    GFLOP")
+        print(f"\n{tokens:4} tokens, {width} wide   ms   / lora    GFLOP")
         for name, layer in layers.items():
             ms = 1000 * median(seconds[name] for seconds in rounds)
             ratio = median(seconds[name] / seconds["lora"] for seconds in rounds)
@@ -289,7 +289,7 @@ def main():
         return reach() if args.reach else bench()
     if args.plot:
         draw(args.plot, {})  # what cannot be drawn fails now
-    # The base learns prose, so that code is new to it, as a task usually is.
+    # The base learns prose, so that code is nearly new to it.
     (prose, prose_test), (code, code_test) = map(split, texts())
     base_steps, steps = (60, 20) if args.quick else (BASE_STEPS, STEPS)
     torch.manual_seed(0)
@@ -312,7 +312,7 @@ def main():
         print_table(results)
     if args.plot:
         draw(args.plot, results)
-    if math.isfinite(row["code"]):  # of the last method
+    if math.isfinite(row["code"]):  # of the last model
         print(f"\nAdapted by {name}, it writes:\n{model.write()}")
 
 
