@@ -1,11 +1,8 @@
-"""What minisora states of its layers, one theorem a test.
+"""What minisora states of its layers, one theorem a test, against float64 NumPy.
 
-    python -m pytest                            the same examples each time
-    HYPOTHESIS_PROFILE=long python -m pytest    a random search
-
-The oracle is float64 NumPy. A tolerance is k · ε · size: k roundings on the longest path to an
-entry, ε of the dtype of the result (or of a coarser one that is named), and size the sum of the
-absolute values of all terms of the entry.
+HYPOTHESIS_PROFILE=long searches at random, with 2,000 examples a theorem. A tolerance is
+k · ε · size: k roundings on the longest path to an entry, ε of the dtype of the result (or of a
+coarser one that is named), and size the sum of the absolute values of all terms of the entry.
 """
 import copy
 import inspect
@@ -51,16 +48,15 @@ KINDS = {
     **{f"sora {name}": (SORALinear, {"rotation": name}) for name in ROTATIONS},
 }
 each = pytest.mark.parametrize
-every_kind, every_dora = each("kind", KINDS), each("kind", [k for k in KINDS if "dora" in k])
-every_method, every_dtype = each("method", METHODS), each("dtype", DTYPES)
-every_rotation = each("rotation", ROTATIONS)
+every_kind, every_method = each("kind", KINDS), each("method", METHODS)
+every_dtype, every_rotation = each("dtype", DTYPES), each("rotation", ROTATIONS)
 seeds = st.integers(0, 2**31)
 
 
 # ---- the equations, in float64 NumPy
 
 def array(value):
-    return value.detach().double().cpu().numpy() if torch.is_tensor(value) else np.asarray(value)
+    return np.array(value.detach().double().cpu().numpy() if torch.is_tensor(value) else value)
 
 
 def skew(C, D):
@@ -79,9 +75,9 @@ def dense_rotation(P, rotation):
 def arrays(layer, given_norms=False):
     """What a layer holds, the diagonal before its update and the matrix after it.
 
-    given_norms: with the c of layer.row_norm(), however rounded.
+    given_norms: with the c of layer.row_norm(), however rounded. q ≥ ‖L‖‖V‖, so R rounds (1 + q)².
     """
-    t = {name: array(p) for name, p in layer.named_parameters()}
+    t = {"q": 0, **{name: array(p) for name, p in layer.named_parameters()}}
     m, sB = layer.out_features, layer.lora_alpha / layer.r * t["B"]
     t.update(W0=t["base.weight"], b=t.get("base.bias", np.zeros(m)), sB=sB,
              before=t.get("diag", np.ones(m)), after=np.eye(m))
@@ -91,6 +87,8 @@ def arrays(layer, given_norms=False):
         t["after"] = np.diag(t["magnitude"] / np.where(norms == 0, np.inf, norms))
     elif isinstance(layer, SORALinear):
         t["after"] = dense_rotation(skew(t["C"], t["D"]), layer.rotation)
+        both = norm(t["C"]) + norm(t["D"])
+        t["q"] = min(1, 1 / (both + 1e-6)) * both**2
     return t
 
 
@@ -101,11 +99,9 @@ def equation(t, W0x, sBAx):
 def terms(t, W0x, sBAx):
     """Bounds the sum of the absolute values of all terms of equation(…)."""
     sums = abs(t["before"]) * abs(W0x) + abs(sBAx)
-    if "C" not in t:
-        return sums @ abs(t["after"])
-    both = norm(t["C"]) + norm(t["D"])
-    q = min(1, 1 / (both + 1e-6)) * both**2  # with ‖U‖‖V‖ ≤ q each factor of R is ≤ 1 + q
-    return (1 + q) ** 2 * norm(sums, axis=-1, keepdims=True) * np.ones_like(sums)
+    if t["q"]:
+        return norm(sums, axis=-1, keepdims=True) * norm(t["after"], 2) * np.ones_like(sums)
+    return sums @ abs(t["after"])
 
 
 def weight(t):
@@ -186,13 +182,16 @@ def test_at_step_0_the_weight_is_W0_and_the_output_that_of_the_base(kind, dtype,
 @few
 @given(case=cases(), shape=st.sampled_from([(3,), (), (0,), (2, 3), (2, 1, 3)]))
 def test_the_layer_is_its_equation_merged_or_not(kind, made, dtype, case, shape):
-    """Also where a model was cast after adapt. In half precision to k = 3, since A, Ax,
-    W0x + b, y, and in the matrix form W0Aᵀ, are rounded by ε/2 each.
+    """In half precision to k = 3, since A, Ax, W0x + b, y, and in the matrix form W0Aᵀ, are rounded
+    by ε/2 each. A model that was cast after adapt rounds each step.
     """
-    layer = make(kind, made, **case).to(None if made is dtype else dtype)
-    t, x, half_c = arrays(layer), inputs(layer, *shape), "dora_matrix" in kind and dtype in HALF
-    (W, sizes), k = weight(t), 3 if made is dtype in HALF else K
-    close(layer.adapted_weight(), W, sizes, layer.B.dtype, k if half_c else K, half_c and dtype)
+    cast, half = made is not dtype, dtype in HALF
+    layer = make(kind, made, **case).to(dtype if cast else None)
+    t, x = arrays(layer), inputs(layer, *shape)
+    (W, sizes), wide = weight(t), K * (1 + t["q"]) ** 2
+    k = 8 * (1 + t["q"]) if cast else 3 if half else wide
+    W_k = (k, dtype) if cast or half and "dora_matrix" in kind else (wide,)
+    close(layer.adapted_weight(), W, sizes, dtype if cast else WIDE[dtype], *W_k)
     merged = layer.merge()
     close(merged.weight, W, sizes, dtype, k)
     for same in layer(x), merged(x):
@@ -212,7 +211,9 @@ def test_half_precision_rounds_the_base_A_Ax_and_y_and_nothing_else(
     Autocast changes neither W' nor what is merged nor the row norm.
     """
     layer = make(kind, dtype, **{**case, "r": case["n"]})
-    W0, x = layer.base.weight, torch.eye(case["n"], dtype=x_dtype, device=DEVICE)
+    W0, x = layer.base.weight, inputs(layer, 3).to(x_dtype)
+    if cancels != "nothing":
+        x = torch.eye(case["n"]).to(x)
     if cancels == "sBA":
         layer.A.data = x.to(layer.A)
         layer.B.data = -1.01 * W0.to(layer.B) / layer.scaling
@@ -229,7 +230,7 @@ def test_half_precision_rounds_the_base_A_Ax_and_y_and_nothing_else(
     exact = equation(t, W0x, Ax @ t["sB"].T) + t["b"]
     wide = terms(t, abs(W0x) + abs(t["b"]), abs(Ax) @ abs(t["sB"]).T) + abs(t["b"])
     eps = 2.0**-23 / torch.finfo(y0.dtype).eps  # of float32, in those of y
-    close(y, exact, abs(exact) / 2 + K * eps * wide, y0.dtype, 1)
+    close(y, exact, abs(exact) / 2 + K * (1 + t["q"]) ** 2 * eps * wide, y0.dtype, 1)
 
 
 @every_kind
@@ -252,9 +253,10 @@ def test_the_equation_is_linear_in_W0x_and_sBAx_together_row_by_row(kind, dtype,
     layer = make(kind, dtype, **case)
     u, v = draw(case["seed"] + 9, 2, rows, case["m"]).to(layer.A)
     known = arrays(layer, given_norms=True), array(u), array(v)
-    close(layer.equation(u, v), equation(*known), terms(*known), WIDE[dtype], K)
+    k = K * (1 + known[0]["q"]) ** 2
+    close(layer.equation(u, v), equation(*known), terms(*known), WIDE[dtype], k)
     if "sora" in kind:
-        close(layer.rotation_matrix(), known[0]["after"], 1, WIDE[dtype], K)
+        close(layer.rotation_matrix(), known[0]["after"], 1, WIDE[dtype], k)
 
 
 @every_kind
@@ -276,7 +278,7 @@ def test_the_gradient_is_that_of_the_equation(kind, case):
         assert torch.autograd.grad(z.sum(), layer.B, allow_unused=True)[0] is None
         layer.row_norm = lambda: torch.from_numpy(norms).to(x)
     assert torch.autograd.gradcheck(y, point, fast_mode=True)
-    assert torch.autograd.gradgradcheck(y, point, fast_mode=True)
+    assert torch.autograd.gradgradcheck(y, point, fast_mode=True) and layer.weight.requires_grad
 
 
 @every_kind
@@ -316,9 +318,8 @@ def test_SORA_at_D_equal_C_is_Pre_Diag_which_at_d_equal_1_is_LoRA_of_rank_r(rota
 # ---- DoRA
 
 @each("full", ["", " full"])
-@each("dead", [(), (0, 3)])
-def test_the_two_DoRAs_agree_in_values_gradients_and_training(full, dead):
-    one, two = (make(f"{kind}{full}", m=8, rows=dead) for kind in ("dora", "dora_matrix"))
+def test_the_two_DoRAs_agree_in_values_gradients_and_training(full):
+    one, two = (make(f"{kind}{full}", m=8, rows=[3]) for kind in ("dora", "dora_matrix"))
     for layer in one, two:
         optimizer = torch.optim.SGD(layer.parameters(), 0.05)
         for _ in range(20):
@@ -351,7 +352,7 @@ def test_where_a_row_shrinks_to_delta_the_matrix_form_errs_by_eps_over_delta_squ
     assert not slope[flat].any() and (delta < 0.1 or slope[~flat].all())
 
 
-@every_dora
+@each("kind", [kind for kind in KINDS if "dora" in kind])
 @each("dead", [[1], [0, 3], [*range(5)]])
 @each("trained, unfrozen", [(False, False), (True, False), (True, True)])
 def test_rows_of_zeros_stay_zero_and_every_gradient_is_finite(kind, dead, trained, unfrozen):
@@ -421,11 +422,11 @@ def test_R_turns_only_the_span_of_C_and_D_commutes_with_P_and_of_D_C_is_transpos
 def test_R_turns_a_known_plane_by_a_known_angle(theta):
     """C = a e1, D = a e2 with a² s_P = θ turn e1 to e2 by θ, for Cayley by 2 atan(θ/2)."""
     a = max(theta**0.5, theta + math.sqrt(theta**2 + 1e-6 * theta))
+    C, D = a * np.eye(5)[:, :1], a * np.eye(5)[:, 1:2]
     for rotation, angle in ("exp", theta), ("cayley", 2 * math.atan(theta / 2)):
-        exact, c, s = np.eye(5), math.cos(angle), math.sin(angle)
-        exact[:2, :2] = [[c, -s], [s, c]]
-        R = R_of(a * np.eye(5)[:, :1], a * np.eye(5)[:, 1:2], rotation)
-        assert norm(R - exact) <= 64 * 2.0**-52 * (1 + 2 * a) ** 2
+        R = R_of(C, D, rotation)
+        error = R[0, 0] + 1j * R[1, 0] - np.exp(1j * angle)
+        assert abs(error) <= 64 * 2.0**-52 * (1 + 2 * a) ** 2
 
 
 def test_A_and_C_are_drawn_uniformly_B_is_0_and_D_a_copy_of_C():
@@ -514,7 +515,7 @@ def test_a_step_costs_the_operations_and_bytes_of_the_thin_form(kind, dtype):
         y.backward()
     own = {t.data_ptr() for t in (x, *layer.parameters())}
     kept = sum(storages[at] for at in storages.keys() - own)
-    lora = 4 * T * m * n + 6 * T * r * (m + n)  # W0x and back to x; A and B, thrice
+    lora = 4 * T * m * n + 6 * T * r * (m + n)
     thin = 4 * (T * r + m * r) + 2 * r * n * (dtype is bf16)  # Ax, sB, and A in bfloat16
     exact = {
         "lora": (lora, thin), "pre_diag": (lora, thin + 4 * T * m),
@@ -523,10 +524,11 @@ def test_a_step_costs_the_operations_and_bytes_of_the_thin_form(kind, dtype):
         "sora": (lora + 12 * T * m * q, thin + 4 * T * (2 * m + q)),
     }[kind.split()[0]]
     more_flops, more_bytes = flops.get_total_flops() - exact[0], kept - exact[1]
-    assert 0 <= more_flops <= 13 * m * q * q * ("sora" in kind)  # to make L, V, without T
-    assert 0 <= more_bytes <= 64 * m * q * ("sora" in kind)
+    assert 0 <= more_flops <= 13 * m * q * q * ("sora" in kind)  # L, V
+    assert 0 <= more_bytes <= 46 * m * q * ("sora" in kind)
     assert (m * n in seen.sizes) == (kind == "dora") and m * m not in seen.sizes
-    waits = {"_local_scalar_dense", "nonzero", "equal", "linalg_inv", "linalg_matrix_exp"}
+    waits = {"_local_scalar_dense", "nonzero", "equal", "_linalg_check_errors",
+             "linalg_matrix_exp"}
     assert bool(seen.names & waits) == ("exp" in kind)
 
 
@@ -566,7 +568,7 @@ def test_adapt_freezes_the_model_and_wraps_what_the_names_match(method):
     more = {"p": ["diag"], "d": ["magnitude"], "s": ["diag", "C", "D"]}.get(method[0], [])
     own = {f"{name}.{p}" for name in wrapped for p in ["A", "B", *more]}
     assert own == trained(net) == set(adapter_state_dict(net)) and len(net[0].A) == 3
-    assert not net[0].training and not net[0].base.training and net[1].q_proj.base.training
+    assert not net[0].training and not net[0].base.training and net[1].q_proj.training
     options = {"d": ", detach_norm=True", "s": ", r_p=4, rotation=exp"}.get(method[0], "")
     assert f"(\n  r=8, lora_alpha=16{options}\n" in repr(METHODS[method](nn.Linear(2, 2)))
 
@@ -578,7 +580,8 @@ def test_shared_and_nested_adapters_merge_to_plain_linears_of_the_same_function(
     y = net(X)
     assert merge_adapters(net) is net and torch.allclose(net(X), y, atol=1e-5)
     assert net[1].out is net[1].again and type(net[0]) is type(net[1].out) is nn.Linear
-    assert net.state_dict().keys() == model().state_dict().keys() and not trained(net)
+    assert net.state_dict().keys() == model().state_dict().keys()
+    assert not trained(net) and net[0].training
 
 
 def test_a_second_adapt_freezes_what_it_wraps_and_nothing_else():
@@ -594,7 +597,7 @@ def test_a_second_adapt_freezes_what_it_wraps_and_nothing_else():
 @every_method
 def test_a_merged_linear_has_W_and_all_else_of_the_base_which_keeps_W0(method):
     """Its bias, hooks, their handles, mode and shape, but no forward that a tool put on base."""
-    base, calls = nn.Linear(6, 4), []
+    base, calls = nn.Linear(6, 4, device=DEVICE), []
     base.weight.data = base.weight.data.T.contiguous().T
     base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias)
     before = base.register_forward_hook(lambda *args: calls.append("before"))
@@ -617,9 +620,9 @@ def test_merging_walks_once_frees_each_base_and_keeps_the_function_if_a_layer_ra
         def merge(self, name):
             alive.append(sum(base() is not None for base in bases))
             return super().merge(name)
-    alive, net = [], nn.ModuleList(nn.Linear(6, 6, dtype=f16) for _ in range(100))
+    alive, net = [], nn.ModuleList(nn.Linear(6, 6, device=DEVICE, dtype=f16) for _ in range(100))
     disturb(adapt(net, Method, map(str, range(100))))
-    net[20].B.data.fill_(1e6)  # finite in float32
+    net[20].B.data[0] = 1e6
     bases, y = [weakref.ref(layer.base) for layer in net], net[21](X.half())
     net.named_modules = Mock(wraps=net.named_modules)
     with pytest.raises(ValueError, match="20: W' is not finite in torch.float16"):
@@ -638,7 +641,7 @@ def test_adapter_state_goes_through_a_file_bit_for_bit(method):
     file.seek(0)
     assert load_adapter_state_dict(twin, torch.load(file, weights_only=True)) is twin
     assert torch.equal(twin(X), net(X))
-    for _ in range(2):  # back to the snapshot, which stays one
+    for _ in range(2):
         load_adapter_state_dict(disturb(net), state)
         assert torch.equal(twin(X), net(X)) and not any(t.requires_grad for t in state.values())
 
@@ -686,7 +689,8 @@ def adapting(method, names=("v_proj", "out"), **options):
 
 def loading(**changes):
     more = {f"1.q_proj.{name}": p for name, p in changes.items()}
-    return lambda net: load_adapter_state_dict(net, {**adapter_state_dict(net), **more})
+    return lambda net: load_adapter_state_dict(
+        net, {**{name: p + 1 for name, p in adapter_state_dict(net).items()}, **more})
 
 
 REFUSED = {  # the words in the message: the call
@@ -699,25 +703,25 @@ REFUSED = {  # the words in the message: the call
     "r_p must be at least 1, got 0": adapting("sora", r_p=0),
     "not 0, got 0": adapting("pre_diag", lora_alpha=0),
     "not 0, got nan": adapting("dora", lora_alpha=math.nan),
+    "not 0, got inf": adapting("dora", lora_alpha=math.inf),
     "rotation 'Exp' is not in": adapting("sora", rotation="Exp"),
     "there is no Adapter in this LayerNorm": lambda net: merge_adapters(net[2]),
     "base must be a plain": lambda net: LoRALinear(net[1].odd[0]),
     **{words: adapting("sora", ["v_proj", f"odd.{i}"]) for i, words in enumerate(ODD)},
 }
-ADAPTED = {  # of a model whose q_proj is adapted
-    "but is <class 'minisora.LoRALinear'>": adapting("lora", ["v_proj", "q_proj"]),
+ADAPTED = {
+    "1.q_proj must be a plain nn.Linear": adapting("lora", ["v_proj", "q_proj"]),
     "lacks ['1.q_proj.A', '1.q_proj.B', '1.v_proj.bias'] and has [] more":
         lambda net: load_adapter_state_dict(net, {}),
     "lacks [] and has ['1.q_proj.e', '1.q_proj.f'] more": loading(f=0, e=0),
     "B is torch.Size([8, 6]) in the state": loading(B=torch.ones(8, 6)),
-    "1.q_proj.A is not finite": loading(A=torch.full((8, 6), 1e300, dtype=f64)),  # in float32
+    "1.q_proj.A is not finite": loading(A=torch.full((8, 6), 1e300, dtype=f64)),
 }
 
 
 def picture(net):
-    """All that a refusal must leave as it is."""
     return [(name, id(m)) for name, m in net.named_modules(remove_duplicate=False)] + [
-        (name, id(p), p.requires_grad, p._version) for name, p in net.named_parameters()]
+        (name, id(p), str(p)) for name, p in net.named_parameters()]
 
 
 @each("words", [*REFUSED, *ADAPTED])
@@ -748,13 +752,13 @@ def test_the_readme_names_tests_and_lines_that_exist():
 
 def test_the_readmes_blocks_run_and_leave_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+    assert len(blocks := re.findall(r"```python\n(.*?)```", README, re.S)) > 1
+    for block in blocks:
         exec(compile(block, "README.md", "exec", optimize=0), {})  # its asserts hold under -O too
         assert not list(tmp_path.iterdir()), block
 
 
 def copied(names, layer):
-    """What a twin gives, made of no more of the module than names."""
     space = dict(math=math, nn=nn, torch=torch, F=nn.functional)
     for name in names:
         found = rf"^((?:class|def) {name}\b.*?|{name} = .*?)(?=\n\n\n)"
