@@ -333,7 +333,7 @@ def test_the_two_DoRAs_agree_in_values_gradients_and_training(full):
 
 @every_dtype
 @each("delta", [0.5, 0.2, 0.1, 1e-2, 1e-4, 0])
-def test_where_a_row_shrinks_to_delta_the_matrix_form_errs_by_eps_over_delta_squared(dtype, delta):
+def test_where_a_row_shrinks_the_matrix_form_errs_by_eps_over_delta_squared(dtype, delta):
     """‖w + u‖² by up to ε ‖w‖², 6 ε ‖w‖² if wide; it is ε ‖w‖² at least, and flat there.
 
     So c is off by up to ε/2δ² or 3ε/δ², and by ε/10δ² in some row.
