@@ -154,7 +154,7 @@ def close(actual, exact, size, dtype, k, eps_of=None):
     """actual has this dtype, and |actual − exact| ≤ k · ε · size, with the ε of dtype or eps_of."""
     assert actual.dtype == dtype
     actual, exact, eps = array(actual), array(exact), torch.finfo(eps_of or dtype).eps
-    error, tiny = abs(actual - exact), torch.finfo(WIDE[dtype]).tiny
+    error, tiny = abs(actual - exact), torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     bound = k * (eps * array(size) + tiny)
     assert actual.shape == exact.shape and (error <= bound).all(), (error / bound).max()
 
@@ -693,7 +693,7 @@ def loading(**changes):
         net, {**{name: p + 1 for name, p in adapter_state_dict(net).items()}, **more})
 
 
-REFUSED = {  # words in the message: the call
+REFUSED = {  # words of the message: call
     "method 'vera' is not in ['lora'": adapting("vera"),
     "nor a child of Adapter": adapting(nn.Linear),
     "called ['proj']. There are ['0', '1', '2', '3', '4', '5', 'out', 'q_proj']":
