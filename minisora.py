@@ -8,7 +8,7 @@ A linear layer computes y = W0 x + b. To fine-tune it cheaply, we freeze W0 and 
 new parameters, which turn W0 into W'. Training starts at W' = W0.
 
 LoRA adds a low-rank update sBA to W0. The other methods also multiply by conditioning matrices.
-Before the update is added, they act on W0 alone; after that, on the sum:
+Those in the column "before" act on W0 alone, those in "after" on the sum:
 
             before   after    W'                    W'x                 trained parameters
   LoRA      –        –        W0 + sBA              W0x + sBAx          r (m + n)
@@ -41,7 +41,7 @@ class Adapter(nn.Module):
     A method is a child class whose equation(W0x, sBAx) returns W'x. Arguments and result are
     (…, m), a row for each input x. So R z is written z @ R.T.
     The equation also gives W'. If the inputs are the rows of I, then W0x is W0ᵀ, sBAx is (sBA)ᵀ,
-    and the result is W'ᵀ. For this it must be linear in W0x and sBAx together, without a constant,
+    and the result is W'ᵀ. For this it must be jointly linear in W0x and sBAx, without a constant,
     and not random: dropout on x belongs into update.
     Raises TypeError if base is not plain, ValueError if r < 1 or lora_alpha is 0, ∞ or NaN.
     """
@@ -99,7 +99,7 @@ class Adapter(nn.Module):
             raise ValueError(f"{name}: W' is not finite in {W.dtype}")
         # Fill an empty nn.Linear with what base has, then replace its weight.
         merged = nn.Linear(1, 1, device="meta")
-        for key in vars(merged):  # no forward patched onto base: it uses W0
+        for key in vars(merged):  # not a forward patched onto base: it uses W0
             vars(merged)[key] = vars(self.base)[key]
         merged._parameters = merged._parameters.copy()  # base keeps W0
         merged.weight = nn.Parameter(W, requires_grad=False)
@@ -182,9 +182,9 @@ class DoRALinear(Adapter):
 class DoRAMatrixLinear(DoRALinear):
     """DoRA in matrix form: the same equation, but row_norm does not form W0 + sBA (m, n).
 
-    Equals DoRALinear to rounding, unless W0 + sBA nearly cancels. ε is that of W0's dtype.
-    Where a row shrinks to a fraction δ of its length in W0, c is off by up to about ε/δ² in half
-    precision, by a few ε/δ² in float32, and by more if BA itself cancels.
+    Equals DoRALinear to rounding, unless W0 + sBA nearly cancels. Where a row shrinks to a
+    fraction δ of its length in W0, c is off by up to about ε/δ² in half precision, by a few ε/δ²
+    in float32, and by more if BA itself cancels (ε of W0's dtype).
     """
 
     def row_norm(self):
@@ -199,7 +199,7 @@ class DoRAMatrixLinear(DoRALinear):
             uu = (sB * (sB @ (A @ A.T))).sum(dim=1)  # the diagonal of sBA (sBA)ᵀ
         ww = torch.linalg.vector_norm(W0, dim=1, dtype=dtype).square()
         squared = ww + 2 * wu + uu
-        # Below it, rounding dominates. (With clamp the gradient at w = 0 would be 0 · ∞.)
+        # Below the floor, rounding dominates. (With clamp the gradient at w = 0 would be 0 · ∞.)
         floor = torch.finfo(W0.dtype).eps * ww.detach()
         return torch.where(squared <= floor, floor, squared).sqrt().to(self.B.dtype)
 
@@ -212,8 +212,8 @@ class DoRAMatrixLinear(DoRALinear):
 #
 #     e^P = I + P + P²/2 + P³/6 + … = I + U (I + Z/2 + Z²/6 + …) Vᵀ
 #
-# Call the series in brackets g(Z). Two other choices of g give other R = I + U g(Z) Vᵀ. Each
-# function below gets Z, and the I of its size.
+# Call the series in brackets g(Z). Two other g below give other R = I + U g(Z) Vᵀ. Each of the
+# three gets Z, and the I of its size.
 
 def g_exp(Z, I):
     """g(Z) = I + Z/2 + Z²/6 + …, for R = e^P.
@@ -295,11 +295,11 @@ class SORALinear(Adapter):
         return f"{super().extra_repr()}, r_p={self.r_p}, rotation={self.rotation}"
 
 
+# ---- models
+
 METHODS = {"lora": LoRALinear, "pre_diag": PreDiagLinear, "dora": DoRALinear,
            "dora_matrix": DoRAMatrixLinear, "sora": SORALinear}
 
-
-# ---- models
 
 def names_of(model, cls):
     """{module of class cls: its names, several if shared}. Raises ValueError if none."""
@@ -352,7 +352,7 @@ def adapters(model):
 
 
 def merge_adapters(model):
-    """Put each adapter's merge() in its place; returns model. If one raises, some are merged."""
+    """Put each adapter's merge() in its place; returns model. An error leaves some merged."""
     names = list(names_of(model, Adapter).values())  # names keep no layer alive
     for places in reversed(names):  # inner ones first: a base can be wrapped
         merged = model.get_submodule(places[0]).merge(places[0])
