@@ -1,6 +1,6 @@
 """Adapt a tiny language model from prose to code, with every method of minisora.
 
-    python train_tiny.py    a table, in 3 to 4 minutes on two free cores
+    python train_tiny.py    a table, in 2 to 3 minutes on two free cores
         --quick             the same in a few steps, to see it run
         --methods ROW ...   only these ROWS
         --seeds 5           means over five adaptations, ± their standard errors
